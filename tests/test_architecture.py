@@ -1,0 +1,175 @@
+"""Rules about the source itself, read from the AST: import direction, sizes, and what must not stand in it."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from transformers import Trainer
+
+import lifecycle_hf
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "lifecycle_hf"
+RECIPES = REPOSITORY / "recipes"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(RECIPES.glob("*.py"))
+CONFIGS = sorted([*(REPOSITORY / "accelerate_configs").glob("*.yaml"), *RECIPES.rglob("*.yaml")])
+
+# A file imports only from its own column or from columns before it.
+COLUMNS = (
+    {"data", "objectives", "alignment_tax"},
+    {"models"},
+    {"scoring", "rollouts", "rewards"},
+    {"trainers"},
+    {"toyworld", "cli"},
+    {"recipes"},
+)
+COLUMN_OF = {name: index for index, names in enumerate(COLUMNS) for name in names}
+MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 6000}
+
+
+def relative(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+def tree(path):
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+def part(path):
+    """The name of the column's member that a file belongs to: `models` of lifecycle_hf/models/heads.py."""
+    return "recipes" if path.parent == RECIPES else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    """Members of columns that a file imports: `models` for `from lifecycle_hf.models import heads`."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(["lifecycle_hf", *path.relative_to(PACKAGE).parts][: -node.level]) if node.level else ""
+            names = [".".join(filter(None, (base, node.module, alias.name))) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "lifecycle_hf" and rest and rest[0] in COLUMN_OF:
+                yield rest[0], node.lineno
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parent != PACKAGE or p.stem != "__init__"] + SCRIPTS, ids=relative
+)
+def test_imports_run_one_way(path):
+    assert part(path) in COLUMN_OF, f"{relative(path)} stands in no column of DESIGN"
+    for name, line in imported_parts(path):
+        assert COLUMN_OF[name] <= COLUMN_OF[part(path)], f"{relative(path)}:{line} imports {name} from the right"
+
+
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)
+def test_files_and_functions_are_short(path):
+    assert lines(path) <= MOST_LINES["recipe" if path in SCRIPTS else "file"]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MOST_LINES["function"], f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_package_is_small():
+    assert sum(map(lines, SOURCES)) <= MOST_LINES["package"]
+
+
+def calls(path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)
+def test_nothing_unsafe_or_unstable(path):
+    assert "trl.experimental" not in path.read_text()
+    for call in calls(path):
+        place, keywords = f"{relative(path)}:{call.lineno}", {item.arg: item.value for item in call.keywords}
+        if ast.unparse(call.func) == "torch.load":
+            assert ast.unparse(keywords.get("weights_only", ast.Constant(None))) == "True", (
+                f"{place}: weights_only=True"
+            )
+        assert ast.unparse(call.func) not in ("pickle.load", "pickle.loads"), f"{place}: no pickle"
+        trusted = keywords.get("trust_remote_code", ast.Constant(False))
+        assert ast.unparse(trusted) != "True", f"{place}: remote code is trusted only when the user asks"
+
+
+def private_names_of(owner):
+    """Private names that the source of a class defines: methods, class attributes, attributes of `self`."""
+    names = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            assigned = [target for item in node.body for target in targets(item)]
+            names |= {target.id for target in assigned if isinstance(target, ast.Name)}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+def targets(statement):
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    return [statement.target] if isinstance(statement, ast.AnnAssign) else []
+
+
+def overrides(trainer, package="lifecycle_hf"):
+    """Private names of TRL that the classes of `package` among a trainer's bases define too."""
+    names_of = {package: set(), "trl": set()}
+    for base in trainer.__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in names_of:
+            names_of[root] |= private_names_of(base)
+    return sorted(names_of[package] & names_of["trl"])
+
+
+def test_no_private_name_of_trl_is_overridden():
+    public = [getattr(lifecycle_hf, name) for name in lifecycle_hf.__all__]
+    for trainer in [item for item in public if inspect.isclass(item) and issubclass(item, Trainer)]:
+        assert overrides(trainer) == [], f"{trainer.__name__} overrides private names of TRL"
+
+
+def test_an_override_would_be_found():
+    class Careless(trl.SFTTrainer):
+        _tag_names = ["mine"]
+
+        def train(self):
+            self._metrics = {}
+
+        def _prepare_dataset(self):
+            pass
+
+    assert overrides(Careless, package=__name__.partition(".")[0]) == ["_metrics", "_prepare_dataset", "_tag_names"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_configurations_parse(path):
+    options = yaml.safe_load(path.read_text())
+    assert isinstance(options, dict) and options
+
+
+def test_public_names_are_all_there():
+    for name in lifecycle_hf.__all__:
+        assert getattr(lifecycle_hf, name) is not None
+    assert set(dir(lifecycle_hf)) == set(lifecycle_hf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'PPPTrainer'"):
+        _ = lifecycle_hf.PPPTrainer
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, lifecycle_hf; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
