@@ -1,0 +1,1 @@
+"""Paying less alignment tax, and knowing what was paid."""

@@ -1,0 +1,69 @@
+"""KL control: objects a trainer asks for the KL coefficient β, and tells what KL came of it."""
+
+import math
+
+
+class FixedKL:
+    """Keeps β constant.
+
+    Args:
+        kl_coef: β ≥ 0.
+    """
+
+    def __init__(self, kl_coef: float):
+        if not kl_coef >= 0:
+            raise ValueError(f"kl_coef={kl_coef} must be at least 0.")
+        self.kl_coef = kl_coef
+
+    def update(self, kl: float, n: int) -> None:
+        """Takes the KL of an update (mean over sequences of the sum over tokens, nats) and its `n` sequences."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.kl_coef = state["kl_coef"]
+
+
+class AdaptiveKL(FixedKL):
+    """Steers the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon).
+
+    Args:
+        kl_coef: β at the start, above 0 (0 would stay 0).
+        target: KL to hold, sequence sum, nats.
+        horizon: sequences over which β may change by about 20 %.
+
+    Reference: https://arxiv.org/abs/1909.08593, section 2.2.
+    """
+
+    def __init__(self, kl_coef: float, *, target: float, horizon: int):
+        super().__init__(kl_coef)
+        for name, value in (("kl_coef", kl_coef), ("target", target), ("horizon", horizon)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be above 0 for adaptive KL control.")
+        self.target, self.horizon = target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * n / self.horizon
+
+
+class ExponentialKL(FixedKL):
+    """Raises β with the KL itself: β = clamp(β₀·exp(λ·KL), minimum, maximum).
+
+    Args:
+        kl_coef: β₀ above 0.
+        rate: λ per nat.
+        minimum, maximum: bounds of β.
+    """
+
+    def __init__(self, kl_coef: float, *, rate: float, minimum: float = 0.0, maximum: float = 1.0):
+        super().__init__(kl_coef)
+        if not 0 <= minimum <= kl_coef <= maximum:
+            raise ValueError(f"Exponential KL control needs 0 <= {minimum=} <= {kl_coef=} <= {maximum=}.")
+        self.initial, self.rate, self.minimum, self.maximum = kl_coef, rate, minimum, maximum
+
+    def update(self, kl: float, n: int) -> None:
+        # Past this exponent the clamp decides and exp would overflow.
+        exponent = min(self.rate * kl, 700.0)
+        self.kl_coef = min(max(self.initial * math.exp(exponent), self.minimum), self.maximum)

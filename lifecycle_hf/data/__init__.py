@@ -1,0 +1,1 @@
+"""Rows to ids and masks: schemas, tokenisation, collation."""

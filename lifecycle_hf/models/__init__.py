@@ -1,0 +1,1 @@
+"""Models by name or path, and the heads that sit on them."""

@@ -1,0 +1,92 @@
+"""Scalar heads: values per position, one reward per sequence."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lifecycle_hf.data.collators import length_mask
+
+
+class ScalarHead(nn.Module):
+    """v = w·h + b, with w = 0 and b = 0 at the start; hidden states [..., H] -> values [...] in fp32.
+
+    The product is taken in fp32 whatever the dtype of the parameters, autocast included.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool = True, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        if bias:
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias = self.linear.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = nn.functional.linear(
+                hidden.float(), self.linear.weight.float(), None if bias is None else bias.float()
+            )
+        return values.squeeze(-1)
+
+
+def last_token_hidden(hidden: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
+    """Hidden state of the last real token of each right-padded row: [B, L, H], lengths [B] -> [B, H]."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths.to(hidden.device) - 1]
+
+
+class RewardModel(nn.Module):
+    """A sequence-classification model (num_labels=1) as a reward: r = score(h_last) − config.reward_center.
+
+    It pools by lengths, so that it doesn't matter which token pads. `model` may be a PeftModel.
+
+    Raises:
+        ValueError: the model has not one label, or no linear head named ``score``.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self._base()
+
+    @property
+    def config(self):
+        return self._base().config
+
+    @property
+    def device(self) -> torch.device:
+        return self._base().device
+
+    def _base(self) -> PreTrainedModel:
+        is_peft = isinstance(self.model, PeftModel)
+        if is_peft and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "a reward model can't be a prompt-learning adapter (prefix, prompt or p-tuning): use LoRA."
+            )
+        base = self.model.get_base_model() if is_peft else self.model
+        name = type(base).__name__
+        if getattr(base.config, "num_labels", None) != 1:
+            raise ValueError(
+                f"{name} has num_labels={base.config.num_labels}; a reward model has one score: load it by "
+                "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
+            )
+        if not hasattr(base, "score"):
+            raise ValueError(
+                f"{name} has no linear head named 'score', so it can't be read as a reward model: use a decoder's "
+                "AutoModelForSequenceClassification, or pass your model as a callable reward function."
+            )
+        return base
+
+    def forward(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
+        """Centred scores [B] in fp32 of right-padded `input_ids` [B, L] whose rows have `lengths` [B] real tokens."""
+        base = self._base()
+        backbone = getattr(base, base.base_model_prefix)
+        mask = length_mask(lengths.to(input_ids.device), input_ids.shape[1])
+        output = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
+        raw = base.score(last_token_hidden(output.last_hidden_state, lengths)).squeeze(-1)
+        return raw.float() - getattr(base.config, "reward_center", 0.0)
+
+    def score(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
+        """The same as calling the model: centred scores [B]."""
+        return self(input_ids, lengths)

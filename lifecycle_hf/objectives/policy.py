@@ -1,0 +1,159 @@
+"""Policy-gradient objectives: per-token tensors in completion coordinates, [batch B, completion tokens T].
+
+Token t of row b is action y_t, taken in state s_t = (prompt, y_<t); `mask[b, t]` is 1 for the tokens of the
+completion, the stop token included, and 0 for padding.
+"""
+
+import torch
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:
+    """Per-token estimate of KL(π‖π_ref) from tokens sampled from π.
+
+    k1 = log π − log π_ref (unbiased); k2 = ½·k1² (biased, low variance); k3 = e^(−k1) − 1 + k1 (unbiased, positive).
+
+    Args:
+        logprobs, ref_logprobs: [B, T], nats.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        [B, T], nats.
+
+    Raises:
+        ValueError: for an unknown estimator.
+
+    Reference: Schulman, "Approximating KL Divergence" (2020).
+    """
+    k1 = logprobs - ref_logprobs
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return k1.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"estimator={estimator!r} is unknown: use 'k1', 'k2' or 'k3'.")
+
+
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coef: float) -> torch.Tensor:
+    """Reward of every token: r_t = −β·kl_t, plus the score at the last token of the completion.
+
+    Args:
+        scores: [B], one score per completion.
+        kl: [B, T], per-token KL, nats.
+        mask: [B, T], true on completion tokens, which stand first in each row.
+        kl_coef: β.
+
+    Returns:
+        [B, T], 0 on padding.
+
+    Raises:
+        ValueError: if a row has no token for the score to land on.
+
+    Reference: InstructGPT, https://arxiv.org/abs/2203.02155, Eq. 2.
+    """
+    mask = mask.bool()
+    lengths = mask.sum(1)
+    if (lengths == 0).any():
+        raise ValueError(f"Row {int((lengths == 0).nonzero()[0])} has no completion token for its score to land on.")
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    return rewards.scatter_add(1, (lengths - 1)[:, None], scores.to(rewards.dtype)[:, None])
+
+
+def discounted_returns(
+    rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 1.0, bootstrap_values: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Discounted sum of the rewards from each token on: G_t = Σ_{l≥0} γ^l r_{t+l} (+ γ^{T−t} V_{T+1} where given).
+
+    Shapes as in [`generalized_advantage_estimate`]. It is REINFORCE's return (Williams 1992).
+    """
+    zeros = torch.zeros_like(rewards)
+    returns, _ = generalized_advantage_estimate(
+        rewards, zeros, mask, gamma=gamma, lam=1.0, bootstrap_values=bootstrap_values
+    )
+    return returns
+
+
+def generalized_advantage_estimate(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantages and the returns they imply.
+
+    δ_t = r_t + γ·V_{t+1} − V_t,  Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},  G_t = Â_t + V_t.
+
+    After the last token of a row V_{T+1} is 0 (a terminal state) or `bootstrap_values` (a truncated completion).
+    Padding carries neither reward nor value nor decay.
+
+    Args:
+        rewards, values: [B, T]; `values[b, t]` is V(s_t), read before y_t.
+        mask: [B, T], true on completion tokens, which stand first in each row.
+        bootstrap_values: [B] or None, V of the state after the last token; 0 where the state is terminal.
+
+    Returns:
+        (advantages, returns), both [B, T] and 0 on padding.
+
+    Reference: https://arxiv.org/abs/1506.02438, Eq. 16.
+    """
+    mask = mask.bool()
+    next_value = torch.zeros_like(rewards[:, 0]) if bootstrap_values is None else bootstrap_values.to(rewards.dtype)
+    advantage = torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        valid = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(valid, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(valid, values[:, t], next_value)
+        advantages[:, t] = torch.where(valid, advantage, 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, mean: float, variance: float) -> torch.Tensor:
+    """Shifts and scales to zero mean and unit variance: (x − mean) / sqrt(variance + 1e-8), 0 on padding.
+
+    Args:
+        values: [B, T].
+        mask: [B, T].
+        mean, variance: moments over the masked tokens of *all* ranks.
+    """
+    return torch.where(mask.bool(), (values - mean) * (variance + 1e-8) ** -0.5, 0.0)
+
+
+def ppo_policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *, clip_range: float = 0.2
+) -> torch.Tensor:
+    """Clipped surrogate loss per token: −min(ρÂ, clip(ρ, 1−ε, 1+ε)Â), ρ = exp(log π − log π_old).
+
+    Args:
+        logprobs, old_logprobs, advantages: [B, T].
+        clip_range: ε.
+
+    Returns:
+        [B, T].
+
+    Reference: PPO, https://arxiv.org/abs/1707.06347, Eq. 7.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def ppo_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip_range: float = 0.2
+) -> torch.Tensor:
+    """Clipped value loss per token: ½·max((V−G)², (V_old + clip(V−V_old, ±ε_v) − G)²).
+
+    Args:
+        values, old_values, returns: [B, T].
+        clip_range: ε_v.
+
+    Returns:
+        [B, T].
+
+    Reference: https://arxiv.org/abs/1506.02438 as implemented by OpenAI baselines' PPO2; see MATHS in the docs.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2

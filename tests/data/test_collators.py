@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from lifecycle_hf.data.collators import length_mask, pad_sequences
+
+
+def test_pad_right_and_left():
+    rows = [[1, 2, 3], [4], []]
+    assert pad_sequences(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
+    assert pad_sequences(rows, 9, side="left").tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]]
+    assert pad_sequences(rows, 0, pad_to_multiple_of=4).shape == (3, 4)
+    assert pad_sequences(rows, 0).dtype == torch.long
+
+
+def test_pad_errors():
+    with pytest.raises(ValueError, match="no sequence"):
+        pad_sequences([], 0)
+    with pytest.raises(ValueError, match="middle"):
+        pad_sequences([[1]], 0, side="middle")
+
+
+def test_length_mask_comes_from_lengths():
+    assert length_mask(torch.tensor([2, 0, 3]), 3).int().tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]

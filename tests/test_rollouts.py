@@ -1,0 +1,73 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from lifecycle_hf.rollouts import generate, stop_token_ids
+
+OPTIONS = {"max_new_tokens": 12, "temperature": 1.0, "stop_token_ids": [2], "pad_token_id": 0}
+
+
+def test_the_models_own_generation_config_plays_no_part(tiny_llama):
+    make_model, _ = tiny_llama
+    clean, leaky = make_model(), make_model()
+    own = leaky.generation_config
+    own.top_k, own.top_p, own.repetition_penalty, own.do_sample, own.min_new_tokens = 1, 0.1, 5.0, True, 9
+    own.suppress_tokens = list(range(100))
+    prompts = [[7, 8, 9], [10]]
+    assert generate(leaky, prompts, **OPTIONS, generator_seed=3) == generate(
+        clean, prompts, **OPTIONS, generator_seed=3
+    )
+    assert leaky.generation_config is own and own.top_k == 1
+
+
+def test_sampling_is_untruncated_and_at_the_temperature(tiny_llama):
+    make_model, _ = tiny_llama
+    model = make_model(vocab_size=8)
+    logits = torch.tensor([0.0, -9.0, -9.0, 1.0, 2.0, 3.0, -9.0, -9.0])
+    model.lm_head = torch.nn.Linear(32, 8)
+    with torch.no_grad():
+        model.lm_head.weight.zero_(), model.lm_head.bias.copy_(logits)
+    options = OPTIONS | {"max_new_tokens": 1, "temperature": 2.0}
+    n = 4000
+    counts = Counter(row[0] for row in generate(model, [[5]] * n, **options, generator_seed=0))
+    for token, p in enumerate(torch.softmax(logits / 2, -1).tolist()):
+        assert counts[token] / n == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5 + 1e-3)
+
+
+def test_completion_ends_with_its_stop_token_even_where_it_is_the_pad_token(tiny_llama):
+    make_model, _ = tiny_llama
+    model = make_model(vocab_size=8)
+    model.lm_head = torch.nn.Linear(32, 8)
+    with torch.no_grad():
+        model.lm_head.weight.zero_(), model.lm_head.bias.copy_(torch.tensor([1.0, 0, 2.0, 0, 0, 0, 0, 0]))
+    rows = generate(model, [[5], [5, 6, 7]] * 20, **(OPTIONS | {"pad_token_id": 2, "max_new_tokens": 5}))
+    for row in rows:
+        assert 2 not in row[:-1] and (row[-1] == 2 or len(row) == 5)
+    assert any(len(row) < 5 for row in rows) and {len(row) for row in rows} != {1}
+
+
+def test_batching_gives_the_same_greedy_completions(tiny_llama):
+    make_model, _ = tiny_llama
+    model, prompts = make_model(), [[7, 8, 9], [10], [11, 12], [13]]
+    greedy = OPTIONS | {"temperature": 0.0}
+    assert generate(model, prompts, **greedy) == generate(model, prompts, **greedy, batch_size=1)
+
+
+def test_train_mode_is_restored_and_off_while_decoding(tiny_llama):
+    make_model, _ = tiny_llama
+    model = make_model(attention_dropout=0.9).train()
+    modes = []
+    model.model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    generate(model, [[7]], **OPTIONS)
+    assert model.training and modes and not any(modes)
+
+
+def test_stop_tokens(tiny_llama):
+    make_model, tokenizer = tiny_llama
+    model = make_model()
+    model.generation_config.eos_token_id = [2, 5]
+    assert stop_token_ids(model, tokenizer) == [2, 5]
+    assert stop_token_ids(model, tokenizer, ["<|user|>"]) == [tokenizer.convert_tokens_to_ids("<|user|>")]
+    with pytest.raises(ValueError, match="'<nope>' is not a token"):
+        stop_token_ids(model, tokenizer, ["<nope>"])
