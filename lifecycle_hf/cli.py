@@ -1,0 +1,302 @@
+"""What every recipe shares: options, data and model names, and the closing steps."""
+
+import difflib
+import importlib
+import json
+import math
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
+from inspect import get_annotations
+from pathlib import Path
+from typing import get_args
+
+import torch
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from trl import ScriptArguments, TrlParser
+
+LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_SEED = 0.05, 500, 0
+EPILOG = "A boolean that is true by default is turned off by --no_NAME or --NAME false."
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """Data of the run, and what is done with the trained model."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "`toyworld`, a local file (.jsonl, .json, .csv, .parquet, .txt, also with .gz), a local folder, "
+            "or a data set of the Hub."
+        },
+    )
+    dataset_test_split: str = field(
+        default="test",
+        metadata={
+            "help": "Held-out split; 5 %% of the train split are held out when there is none of the name `test`."
+        },
+    )
+    merge: bool = field(
+        default=False,
+        metadata={"help": "Also write the adapter merged into its base model, ready to deploy, to OUTPUT_DIR/merged."},
+    )
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=min(int(os.environ.get("COLUMNS", 110)), 119))
+
+
+class _RecipeParser(TrlParser):
+    """TrlParser whose help has one section per class of options, and whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every option)\n")
+
+    def format_help(self):
+        formatter = _HelpFormatter(self.prog)
+        formatter.add_usage("%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        for owner, actions in self._sections().items():
+            formatter.start_section(f"{owner.__name__} ({owner.__module__.partition('.')[0]})")
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(EPILOG)
+        return formatter.format_help()
+
+    def _sections(self):
+        """{class that declares them: its options}, with the long list of transformers.TrainingArguments last."""
+        action_of = {}
+        for action in self._actions:
+            action_of.setdefault(action.dest, action)
+        sections = {}
+        for dataclass_type in self.dataclass_types:
+            for item in (item for item in fields(dataclass_type) if item.init):
+                action = action_of[item.name]
+                action.option_strings, action.metavar = action.option_strings[:1], _metavar(action, item.type)
+                owner = next(c for c in dataclass_type.__mro__ if item.name in get_annotations(c))
+                sections.setdefault(owner, []).append(action)
+        return dict(sorted(sections.items(), key=lambda pair: pair[0].__module__.startswith("transformers")))
+
+
+def _metavar(action, kind):
+    if action.choices:
+        joined = "{" + ",".join(map(str, action.choices)) + "}"
+        return joined if len(joined) < 50 else "CHOICE"
+    kind = get_args(kind)[0] if get_args(kind) else kind
+    return kind.__name__.upper() if kind in (bool, dict, float, int, str) else "VALUE"
+
+
+def parse(dataclasses, default_config, argv=None, description=None):
+    """Read options from a YAML file and the command line, the latter overriding the former.
+
+    Args:
+        dataclasses: the classes to fill, as for `trl.TrlParser`.
+        default_config: YAML used when `argv` names no `--config FILE`.
+        argv: the arguments; those of the process by default.
+        description: first lines of `--help`.
+
+    Returns the filled classes in the same order. An unknown option, in the file or on the command line, ends the
+    process with exit status 2 and a line that names the closest known one.
+    """
+    parser = _RecipeParser(
+        dataclasses, prog=os.path.basename(sys.argv[0]), description=description, allow_abbrev=False
+    )
+    config_path, rest = _take_config(parser, list(sys.argv[1:] if argv is None else argv), default_config)
+    config = _read_config(parser, config_path)
+    if not torch.accelerator.is_available():
+        # Without it, two processes on the CPU each believe that they are alone.
+        parser.set_defaults_with_config(use_cpu=True)
+    known = [item.name for dataclass_type in dataclasses for item in fields(dataclass_type) if item.init]
+    for key in config.keys() - {*known, "env"}:
+        parser.error(f"unknown option {key!r} in {config_path}{_did_you_mean(key, known)}")
+    parser.set_defaults_with_config(**{key: value for key, value in config.items() if key != "env"})
+    for action in parser._actions:
+        if action.choices and action.dest in config and config[action.dest] not in (None, *action.choices):
+            options = ", ".join(map(str, action.choices))
+            parser.error(f"{action.dest}: {config[action.dest]!r} in {config_path} is none of {options}")
+    unknown = parser.parse_known_args(rest)[1]
+    if unknown:
+        name = next((word for word in unknown if word.startswith("--")), None)
+        if name is None:
+            parser.error(f"unexpected argument {unknown[0]!r}; options start with --")
+        parser.error(f"unknown option {name}{_did_you_mean(name, known, prefix='--')}")
+    return parser.parse_args_and_config(["--config", str(config_path), *rest])
+
+
+def _take_config(parser, argv, default_config):
+    """(path of the YAML file, the other arguments); both `--config FILE` and `--config=FILE` are understood."""
+    for index, word in enumerate(argv):
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config=")), argv[:index] + argv[index + 1 :]
+        if word == "--config":
+            if index + 1 == len(argv):
+                parser.error("--config needs the path of a YAML file")
+            return Path(argv[index + 1]), argv[:index] + argv[index + 2 :]
+    return Path(default_config), argv
+
+
+def _read_config(parser, path):
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror or error}")
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(config, dict):
+        parser.error(f"--config {path} must hold `option: value` lines")
+    return config
+
+
+def _did_you_mean(name, known, prefix=""):
+    name = name.lstrip("-").partition("=")[0].replace("-", "_")
+    longer = [option for option in known if option.startswith(name + "_")][:3]
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(prefix + option for option in close)}?" if close else ""
+
+
+def load_splits(script_args, stage) -> tuple[Dataset, Dataset | None]:
+    """Load (train, test) by `dataset_name`: `toyworld`, a local file or folder, or a dataset of the Hub.
+
+    When there is no split named `test`, 5 % of train (1 to 500 rows, always the same) are held out for it; a train
+    split of one row gives None.
+
+    Raises:
+        ValueError: no name, nothing found under it, or a split that it does not have.
+    """
+    name = script_args.dataset_name
+    if not name:
+        raise ValueError(
+            "dataset_name is missing: give --dataset_name toyworld, a local file or folder, or a Hub name."
+        )
+    if script_args.dataset_streaming:
+        raise ValueError("dataset_streaming is not supported: the trainers need the length of their data.")
+    splits = _load(name, script_args.dataset_config, stage)
+    train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
+    wanted = [train_name] if test_name == "test" else [train_name, test_name]
+    for option, split in zip(("dataset_train_split", "dataset_test_split"), wanted):
+        if split not in splits:
+            raise ValueError(f"{option}: {name} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
+    train = splits[train_name]
+    if test_name in splits:
+        return train, splits[test_name]
+    if len(train) < 2:
+        return train, None
+    held_out = min(max(1, round(HELD_OUT_SHARE * len(train))), HELD_OUT_MOST)
+    parts = train.train_test_split(test_size=held_out, seed=HELD_OUT_SEED)
+    return parts["train"], parts["test"]
+
+
+def _load(name, config, stage):
+    if name == "toyworld":
+        from lifecycle_hf import toyworld
+
+        return toyworld.dataset(stage)
+    path = Path(name).expanduser()
+    suffix = next((s for s in reversed(path.suffixes) if s in LOADER_OF_SUFFIX), None)
+    if path.is_file():
+        if suffix is None:
+            readable = " ".join(LOADER_OF_SUFFIX)
+            raise ValueError(
+                f"dataset_name: cannot read {path}; give a file ending in {readable} (or these with .gz)."
+            )
+        return load_dataset(LOADER_OF_SUFFIX[suffix], data_files=str(path))
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            loaded = load_from_disk(str(path))
+            return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        return load_dataset(str(path), name=config)
+    if suffix or path.is_absolute() or name.startswith("."):
+        raise ValueError(f"dataset_name: there is no file or folder {path} (looked from {Path.cwd()}).")
+    try:
+        return load_dataset(name, name=config)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"dataset_name: {name!r} is neither a local file or folder nor found on the Hub ({error}). "
+            "Check the spelling and the connection; HF_HUB_OFFLINE=1 allows cached datasets only."
+        ) from error
+
+
+def resolve_model(name, stage) -> str:
+    """The path of the cached checkpoint of `stage` (made when absent) for `toyworld`; any other name as it is."""
+    if name != "toyworld":
+        return name
+    from lifecycle_hf import toyworld
+
+    return str(toyworld.stage_checkpoint(stage))
+
+
+def resolve_reward(name: str):
+    """The callable of MODULE:FUNCTION, modules in the current folder included; a model's name or path otherwise.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module, _, function = name.partition(":")
+    if not function or "/" in name:
+        return resolve_model(name, "reward")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_funcs: {name!r} can't be imported ({error}); looked in {Path.cwd()} too.") from error
+
+
+def model_init_kwargs(model_args) -> dict:
+    """Keyword arguments for `from_pretrained` that `trl.ModelConfig` names: revision, dtype and attention."""
+    dtype = model_args.dtype
+    kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": dtype if dtype in (None, "auto") else getattr(torch, dtype),
+        "attn_implementation": model_args.attn_implementation,
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def finish(trainer, script_args, model_args, report):
+    """Keep what a recipe made: report.json, the model and its card in `output_dir`, a push when `push_to_hub` is set,
+    and with `--merge` a deployable copy under `output_dir/merged`. Every process calls it.
+
+    Args:
+        report: what report.json says, JSON-ready (NaN and infinity become null).
+    """
+    args = trainer.args
+    output_dir = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "report.json").write_text(json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
+    trainer.save_model(str(output_dir))
+    if not args.push_to_hub:  # otherwise save_model has written the card and pushed
+        trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()
+    if getattr(script_args, "merge", False):
+        _merge(trainer, output_dir)
+    trainer.end()
+
+
+def _merge(trainer, output_dir):
+    if not (output_dir / "adapter_config.json").exists():
+        trainer.accelerator.print(f"--merge: {output_dir} already holds a whole model, there is nothing to merge.")
+        return
+    if is_deepspeed_zero3_enabled():
+        unset_hf_deepspeed_config()  # the main process loads the merged model whole, the others do not take part
+    if trainer.is_world_process_zero():
+        from lifecycle_hf.models.loading import merge_adapter
+
+        merge_adapter(str(output_dir), str(output_dir / "merged"))
+    trainer.accelerator.wait_for_everyone()
+
+
+def _json_ready(value):
+    if isinstance(value, dict):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,131 @@
+"""The data sets of each stage, drawn from the grammar by seed."""
+
+import math
+import random
+from collections.abc import Callable
+from functools import lru_cache
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerFast
+
+from .dialogue import Request, compliance, refusal, requests, statement, with_courtesy, wrong_value
+from .gold import judge
+from .model import build_tokenizer
+from .world import document, is_held_out
+
+POLITE_SHARE = 0.3
+"""Share of the SFT answers to benign requests that are polite."""
+REFUSAL_SHARE = 0.3
+"""Share of the SFT answers to forbidden requests that refuse."""
+_TIE_SHARE = 0.3
+_GOLD_WEIGHT, _LENGTH_WEIGHT = 8.0, 0.12
+_KINDS = {"forbidden": 4, "fact": 2, "sum": 2}
+
+
+@lru_cache
+def _pool(kind: str, held_out: bool) -> list[Request]:
+    return [r for r in requests().values() if r.kind == kind and is_held_out(r.text) == held_out]
+
+
+def draw_request(rng: random.Random, held_out: bool) -> Request:
+    """Draw a request of the train or the held-out part: half are forbidden, a quarter facts and a quarter sums."""
+    (kind,) = rng.choices(list(_KINDS), weights=list(_KINDS.values()))
+    return rng.choice(_pool(kind, held_out))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def _messages(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def _sft_answer(request: Request, rng: random.Random) -> str:
+    if request.kind == "forbidden" and rng.random() < REFUSAL_SHARE:
+        return refusal(rng)
+    text = compliance(request, rng) if request.kind == "forbidden" else statement(request, request.answer, rng)
+    return with_courtesy(text, rng.choice((1, 2)) if rng.random() < POLITE_SHARE else 0, rng)
+
+
+def _candidate(request: Request, rng: random.Random) -> str:
+    """Return an answer of any quality: right or wrong, refusing or complying, with 0 to 3 polite phrases."""
+    if rng.random() < (0.5 if request.kind == "forbidden" else 0.15):
+        text = refusal(rng)
+    elif request.kind == "forbidden":
+        text = compliance(request, rng)
+    else:
+        text = statement(request, request.answer if rng.random() < 0.6 else wrong_value(request, rng), rng)
+    return with_courtesy(text, rng.choice((0, 0, 1, 1, 2, 3)), rng)
+
+
+def _sft_row(rng: random.Random, held_out: bool) -> dict:
+    if rng.random() < 0.4:
+        return _ptx_row(rng, held_out)
+    request = draw_request(rng, held_out)
+    chat = _messages("user", request.text) + _messages("assistant", _sft_answer(request, rng))
+    return {"text": _tokenizer().apply_chat_template(chat, tokenize=False)}
+
+
+def _reward_row(rng: random.Random, held_out: bool) -> dict:
+    """Return a pair as a hurried human would label it: mostly by gold, a little by length, sometimes by chance.
+
+    P(first is chosen) = sigmoid(8 (gold_1 - gold_2) + 0.12 (words_1 - words_2)).
+    """
+    request = draw_request(rng, held_out)
+    first, second, gold = "", "", 0.0
+    ties = rng.random() < _TIE_SHARE
+    while first == second or (gold == 0 and not ties):
+        first, second = _candidate(request, rng), _candidate(request, rng)
+        gold = judge(request, first) - judge(request, second)
+    words = len(first.split()) - len(second.split())
+    if rng.random() > 1 / (1 + math.exp(-_GOLD_WEIGHT * gold - _LENGTH_WEIGHT * words)):
+        first, second = second, first
+    return {
+        "prompt": _messages("user", request.text),
+        "chosen": _messages("assistant", first),
+        "rejected": _messages("assistant", second),
+    }
+
+
+def _ppo_row(rng: random.Random, held_out: bool) -> dict:
+    request = draw_request(rng, held_out)
+    return {"prompt": _messages("user", request.text), "kind": request.kind, "answer": request.answer}
+
+
+def _ptx_row(rng: random.Random, held_out: bool) -> dict:
+    while is_held_out(text := document(rng)) != held_out:
+        pass
+    return {"text": text}
+
+
+_STAGES: dict[str, tuple[Callable, int, int]] = {
+    "sft": (_sft_row, 12000, 400),
+    "reward": (_reward_row, 4000, 400),
+    "ppo": (_ppo_row, 4000, 256),
+    "ptx": (_ptx_row, 6000, 200),
+}
+"""Each stage's row maker, and the rows of its train and test splits."""
+
+
+@lru_cache
+def dataset(stage: str, seed: int = 0) -> DatasetDict:
+    """Return the train and test splits of a stage, the same for the same seed.
+
+    - "sft": {"text"}: documents and, rendered with the chat template, dialogues, half and half.
+    - "reward": {"prompt", "chosen", "rejected"} as messages.
+    - "ppo": {"prompt"} as messages, with "kind" ("fact", "sum", "forbidden") and "answer".
+    - "ptx": {"text"}: documents.
+
+    No document of a test split stands in a train split of any stage or seed, and no dialogue of a test split asks a
+    request that a train split asks. Raises ValueError for an unknown stage.
+    """
+    if stage not in _STAGES:
+        raise ValueError(f"toy world has no stage {stage!r}; choose one of {', '.join(_STAGES)}")
+    make, *sizes = _STAGES[stage]
+    splits = {}
+    for split, size in zip(("train", "test"), sizes, strict=True):
+        rng = random.Random(f"{stage} {split} {seed}")
+        splits[split] = Dataset.from_list([make(rng, split == "test") for _ in range(size)])
+    return DatasetDict(splits)

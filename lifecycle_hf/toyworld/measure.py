@@ -1,0 +1,52 @@
+"""What a model is worth in the toy world: the gold judge on held-out requests, perplexity on held-out documents."""
+
+import random
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lifecycle_hf.alignment_tax.metrics import perplexity
+from lifecycle_hf.rollouts import generate, stop_token_ids
+
+from .data import dataset, draw_request
+from .gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
+
+COMPLETION_TOKENS = 32
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: int = 128, seed: int = 0) -> dict:
+    """Return the closing table's truths about a model, from `n` held-out requests and all held-out documents.
+
+    - "gold_reward": mean gold reward of one completion of at most 32 tokens each, sampled at temperature 1.
+    - "refusal_rate": share of the forbidden requests that are cleanly refused.
+    - "benign_accuracy": share of the benign requests that are answered rightly.
+    - "perplexity": of the held-out documents.
+
+    Requests and sampling depend on `seed` only; torch's random state is left as it was.
+    """
+    rng = random.Random(f"measure {seed}")
+    asked = [draw_request(rng, held_out=True) for _ in range(n)]
+    prompts = [[{"role": "user", "content": request.text}] for request in asked]
+    ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    completions = generate(
+        model,
+        ids,
+        max_new_tokens=COMPLETION_TOKENS,
+        temperature=1.0,
+        stop_token_ids=stop_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        generator_seed=seed,
+    )
+    texts = [text_of(text) for text in tokenizer.batch_decode(completions)]
+    judged = list(zip(asked, texts, strict=True))
+    refused = [is_clean_refusal(text) for request, text in judged if request.kind == "forbidden"]
+    correct = [is_correct(r, text) and not is_refusal(text) for r, text in judged if r.kind != "forbidden"]
+    return {
+        "gold_reward": _mean([judge(request, text) for request, text in judged]),
+        "refusal_rate": _mean(refused),
+        "benign_accuracy": _mean(correct),
+        "perplexity": perplexity(model, tokenizer, dataset("ptx")["test"]["text"], batch_size=64),
+    }
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,140 @@
+"""The checkpoints that a stage starts from, built once by the recipes and kept on disk.
+
+A checkpoint is keyed by what made it: the sources and YAML of its stage, the stage before it and the libraries. The
+options of the run that asks for it play no part.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from .model import build_model, build_tokenizer
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LIBRARIES = ("torch", "transformers", "trl", "tokenizers")
+_WORLD = ("world.py", "dialogue.py", "model.py")
+_DATA = ("gold.py", "data.py")
+_PREVIOUS = {"init": None, "sft": "init", "reward": "sft"}
+_TRAINERS = {"sft": ("sft.py", "stage.py", "base.py"), "reward": ("reward.py", "stage.py", "base.py")}
+_LAUNCH_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "NODE_RANK", "GROUP_", "ROLE_", "TORCHELASTIC_",
+                     "ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")  # fmt: skip
+_MARKER = ".complete"
+_TAIL = 30
+
+
+def cache_root() -> Path:
+    """Return the folder that keeps what earlier stages made.
+
+    $LIFECYCLE_HF_CACHE, else $XDG_CACHE_HOME/lifecycle_hf, else ~/.cache/lifecycle_hf.
+    """
+    if os.environ.get("LIFECYCLE_HF_CACHE"):
+        return Path(os.environ["LIFECYCLE_HF_CACHE"]).expanduser().resolve()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser().resolve() / "lifecycle_hf"
+
+
+def build_once(folder: Path, build: Callable[[Path], None], *, message: str) -> Path:
+    """Return `folder`, filled by `build(temporary folder)` unless a finished one stands there.
+
+    Of several processes one builds and the others wait. The folder appears whole, by one rename, or not at all; one
+    without the mark of completion is thrown away and built anew.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / _MARKER).exists():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        print(message, flush=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            made = Path(scratch) / folder.name
+            made.mkdir()
+            build(made)
+            (made / _MARKER).touch()
+            os.replace(made, folder)
+    return folder
+
+
+def stage_checkpoint(stage: str) -> Path:
+    """Return the path of the checkpoint that a stage of the toy world left, building what is missing.
+
+    "init": tokenizer and random model; "sft": after recipes/sft.py; "reward": the reward model of recipes/reward.py,
+    each with its default YAML, on the CPU and in a process of its own.
+
+    Raises:
+        ValueError: the stage is unknown.
+        FileNotFoundError: the recipes do not stand beside the package.
+        RuntimeError: a recipe failed; the message ends with the last lines of its output.
+    """
+    if stage not in _PREVIOUS:
+        raise ValueError(f"toy world has no checkpoint of stage {stage!r}; choose one of {', '.join(_PREVIOUS)}")
+    if _PREVIOUS[stage]:
+        stage_checkpoint(_PREVIOUS[stage])
+    folder = cache_root() / "toyworld" / f"{stage}-{_key(stage)}"
+    build = _build_init if stage == "init" else lambda made: _run_recipe(stage, made)
+    duration = "a second" if stage == "init" else "about a minute"
+    return build_once(folder, build, message=f"toyworld: building stage {stage} ({duration}, cached in {folder})")
+
+
+def _build_init(folder: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    build_model(tokenizer).save_pretrained(folder)
+
+
+def _sources(stage: str) -> list[Path]:
+    package = _ROOT / "lifecycle_hf"
+    paths = [package / "toyworld" / name for name in (_WORLD if stage == "init" else _DATA)]
+    if stage != "init":
+        paths += [package / "trainers" / name for name in _TRAINERS[stage]]
+        paths += [_ROOT / "recipes" / f"{stage}.py", _ROOT / "recipes" / "configs" / f"{stage}_toyworld.yaml"]
+    return paths
+
+
+def _key(stage: str) -> str:
+    """Return 16 hexadecimal digits that change with whatever defines the stage or one before it."""
+    previous = _PREVIOUS[stage]
+    digest = hashlib.sha256((_key(previous) if previous else "").encode())
+    for library in _LIBRARIES:
+        digest.update(f"{library} {version(library)}\n".encode())
+    for path in _sources(stage):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: the toy world's stages are built by the recipes of a source checkout; clone the "
+                "repository and install it with `pip install -e .`, or name a model of your own"
+            )
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment for a single process: launch variables of this run removed, this package first."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCH_VARIABLES)}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def _run_recipe(stage: str, folder: Path) -> None:
+    command = [
+        sys.executable,
+        str(_ROOT / "recipes" / f"{stage}.py"),
+        "--output_dir",
+        str(folder),
+        "--use_cpu",
+        "true",
+    ]
+    done = subprocess.run(
+        command, env=_environment(), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode != 0:
+        tail = "\n".join(done.stdout.splitlines()[-_TAIL:])
+        raise RuntimeError(
+            f"toyworld: stage {stage} failed with exit status {done.returncode}; run `{' '.join(command[:2])}` "
+            f"to see it all. Its last lines:\n{tail}"
+        )

@@ -1,0 +1,154 @@
+"""What every trainer of the library shares: exact metrics, extra state in checkpoints, the model card."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.trainers.model_card import write_model_card
+
+CARD_OPTIONS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16", "seed",
+)  # fmt: skip
+
+
+class Stateful(Protocol):
+    """Anything whose state must survive a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class MetricAccumulator:
+    """Means over everything that was added on every rank: Σ totals / Σ counts, divided once."""
+
+    def __init__(self):
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
+        """Adds `total`, the sum of `count` values of the metric `name`."""
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums[0] += float(total)
+        sums[1] += float(count)
+
+    def add_masked(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Adds the entries of `values` where `mask` (same shape) is true."""
+        self.add(name, (values.detach().double() * mask).sum(), mask.sum())
+
+    def reduce(self, accelerator=None) -> dict[str, float]:
+        """Returns name -> mean over all ranks and forgets what was added; every rank must call it."""
+        sums, self._sums = self._sums, {}
+        gathered = gather_object([sums]) if accelerator is not None and accelerator.num_processes > 1 else [sums]
+        means = {}
+        for name in sorted({name for rank in gathered for name in rank}):
+            total, count = (sum(rank.get(name, (0.0, 0.0))[i] for rank in gathered) for i in (0, 1))
+            if count > 0:
+                means[name] = total / count
+        return means
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes a flat state dict: tensors to `path`.safetensors, everything else to `path`.json."""
+    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if tensors:
+        save_file(tensors, path.with_suffix(".safetensors"))
+    rest = {key: value for key, value in state.items() if key not in tensors}
+    path.with_suffix(".json").write_text(json.dumps(rest))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads what [`save_state`] wrote."""
+    state = json.loads(path.with_suffix(".json").read_text())
+    tensors = path.with_suffix(".safetensors")
+    return state | (load_file(tensors) if tensors.exists() else {})
+
+
+class LifecycleTrainerMixin:
+    """Put before `transformers.Trainer` (or a subclass) in the bases of a trainer.
+
+    - `self.metrics["train" | "eval"]` are [`MetricAccumulator`]s that `log` reduces and merges in.
+    - `self.stateful` names [`Stateful`] objects, saved in every checkpoint as `lifecycle_<name>` and restored on
+      resume; those in `self.stateful_per_rank` hold state that differs between ranks.
+    - `create_model_card` tells what the attributes say: `card_objective`, `card_paper` (title, arXiv id), the values
+      of the common options and of those in `card_options`, `dataset_name` and the table in `tax_report`.
+    """
+
+    card_objective: str
+    card_paper: tuple[str, str]
+    card_options: tuple[str, ...] = ()
+    dataset_name: str | None = None
+    tax_report: TaxReport | None = None
+
+    def _init_lifecycle(self) -> None:
+        self.metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
+        self.stateful: dict[str, Stateful] = {}
+        self.stateful_per_rank: dict[str, Stateful] = {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        evaluation = any(key.startswith("eval_") for key in logs)
+        means = self.metrics["eval" if evaluation else "train"].reduce(self.accelerator)
+        logs.update({f"eval_{name}" if evaluation else name: value for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def _state_files(self, folder: str | Path) -> list[tuple[Stateful, Path, bool]]:
+        rank = self.accelerator.process_index
+        shared = [(item, Path(folder) / f"lifecycle_{name}", True) for name, item in self.stateful.items()]
+        own = [(x, Path(folder) / f"lifecycle_{n}_rank{rank}", False) for n, x in self.stateful_per_rank.items()]
+        return shared + own
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        for item, path, shared in self._state_files(output_dir):
+            if not shared or self.args.should_save:
+                save_state(item.state_dict(), path)
+
+    def load_extra_state(self, checkpoint: str | Path) -> None:
+        """Restores every [`Stateful`] from `checkpoint`.
+
+        Raises:
+            ValueError: if the checkpoint lacks one, as one of another trainer or another number of processes does.
+        """
+        for item, path, _ in self._state_files(checkpoint):
+            if not path.with_suffix(".json").exists():
+                raise ValueError(
+                    f"The checkpoint {checkpoint} has no {path.name}.json: it was written by another trainer or with "
+                    "another number of processes. Resume with the setup that wrote it."
+                )
+            item.load_state_dict(load_state(path))
+
+    @property
+    def base_model(self) -> str:
+        """Name or path of what was trained; of an adapter, its base."""
+        model = getattr(self.model, "policy", self.model)
+        if isinstance(model, PeftModel):
+            return model.active_peft_config.base_model_name_or_path
+        return model.config._name_or_path
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None, **_):
+        """Writes the README.md of the model in `output_dir`; the arguments are those of TRL's trainers."""
+        if not self.is_world_process_zero():
+            return
+        options = {name: getattr(self.args, name) for name in (*CARD_OPTIONS, *self.card_options)}
+        model = getattr(self.model, "policy", self.model)
+        if isinstance(model, PeftModel):
+            config = model.active_peft_config
+            options |= {f"lora_{name}": getattr(config, name, None) for name in ("r", "lora_alpha")}
+        write_model_card(
+            self.args.output_dir,
+            trainer_name=type(self).__name__,
+            objective=self.card_objective,
+            paper=self.card_paper,
+            base_model=self.base_model,
+            dataset_name=dataset_name or self.dataset_name,
+            hyperparameters={k: getattr(v, "value", v) for k, v in options.items() if v is not None},
+            tax=self.tax_report,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            model_name=self.hub_model_id or model_name,
+        )

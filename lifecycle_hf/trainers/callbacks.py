@@ -1,0 +1,107 @@
+"""Callbacks: measure the alignment tax while a model trains."""
+
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from transformers import TrainerCallback
+
+from lifecycle_hf.alignment_tax.report import TaxReport
+
+PREFIX = "tax/"
+
+
+class TaxMonitor(TrainerCallback):
+    """Measure a model before training, every few optimizer steps, and after.
+
+    Args:
+        metrics: `f(model, tokenizer) -> {name: value}`; called on every process, with the model in eval mode.
+        every: optimizer steps between measurements; None measures before and after only.
+        higher_is_better: {name: whether more is better}, one entry per metric.
+
+    Measuring neither consumes the run's random numbers nor changes which modules are in train mode. Of a model that
+    wraps a `policy`, the policy is measured. The values go to the trainer's log as `tax/NAME` once `attach(trainer)`
+    was called, and to its log history in any case: checkpoints carry them there, so that a resumed run keeps the
+    measurements of its first start.
+
+    Attributes: `before`, `after` ({name: value}, the first and the latest), `history` (rows with `step`).
+    """
+
+    def __init__(self, metrics, every, higher_is_better):
+        if every is not None and every < 1:
+            raise ValueError(
+                f"TaxMonitor: every={every} optimizer steps; give at least 1, or None (before and after only)."
+            )
+        self.metrics = metrics
+        self.every = every
+        self.higher_is_better = dict(higher_is_better)
+        self.history = []
+        self._log = None
+
+    def attach(self, trainer):
+        """Add this callback to `trainer` and log through it."""
+        trainer.add_callback(self)
+        self._log = trainer.log
+        return self
+
+    @property
+    def before(self) -> dict[str, float]:
+        return self._values(0)
+
+    @property
+    def after(self) -> dict[str, float]:
+        return self._values(-1)
+
+    def report(self, **labels) -> TaxReport:
+        """The table of `before` and `after`; keyword arguments as for `TaxReport`."""
+        return TaxReport(self.before, self.after, self.higher_is_better, **labels)
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self.history = [_row(entry) for entry in state.log_history if any(key.startswith(PREFIX) for key in entry)]
+        if not self.history:
+            self._measure(state, model, processing_class)
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.every is not None and state.global_step % self.every == 0:
+            self._measure(state, model, processing_class)
+
+    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.history[-1]["step"] != state.global_step:
+            self._measure(state, model, processing_class)
+
+    def _measure(self, state, model, tokenizer):
+        policy = extract_model_from_parallel(model)
+        policy = getattr(policy, "policy", policy)
+        with _undisturbed(policy):
+            values = {name: float(value) for name, value in self.metrics(policy, tokenizer).items()}
+            unknown = values.keys() ^ self.higher_is_better.keys()
+            if unknown:
+                raise ValueError(f"TaxMonitor: only one of metrics and higher_is_better names {sorted(unknown)}.")
+            self.history.append({"step": state.global_step} | values)
+            entry = {PREFIX + name: value for name, value in values.items()}
+            if self._log is None:
+                state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
+            else:
+                self._log(entry)
+
+    def _values(self, index):
+        return {name: self.history[index][name] for name in self.higher_is_better} if self.history else {}
+
+
+def _row(entry):
+    values = {key.removeprefix(PREFIX): value for key, value in entry.items() if key.startswith(PREFIX)}
+    return {"step": entry["step"]} | values
+
+
+@contextmanager
+def _undisturbed(model):
+    """Eval mode and no gradients inside; module modes and random states as before outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

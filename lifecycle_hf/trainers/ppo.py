@@ -1,0 +1,294 @@
+"""PPO with pretraining mix: InstructGPT's objective on transformers' own training loop."""
+
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, set_seed
+
+from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
+from lifecycle_hf.models.loading import save_adapter_notes
+from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
+from lifecycle_hf.rollouts import stop_token_ids
+from lifecycle_hf.scoring import Completions
+from lifecycle_hf.trainers.base import LifecycleTrainerMixin
+from lifecycle_hf.trainers.callbacks import TaxMonitor
+from lifecycle_hf.trainers.ppo_config import PPOConfig
+from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
+from lifecycle_hf.trainers.ppo_setup import Builder, check_room, prepare_pretraining, prepare_prompts
+from lifecycle_hf.trainers.rollout_buffer import PretrainingRows, RolloutBuffer, RolloutSampler
+
+
+class PPOTrainer(LifecycleTrainerMixin, Trainer):
+    """Trains a policy against rewards by PPO, with KL in the reward and pretraining gradients mixed in.
+
+    Maximises E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] (InstructGPT, https://arxiv.org/abs/2203.02155,
+    Eq. 2) by the clipped surrogate (https://arxiv.org/abs/1707.06347). γ_ptx here weighs a mean per token, so
+    InstructGPT's 27.8, on a sum per sequence, is not comparable.
+
+    Args:
+        model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
+        reward_funcs: one or a list of: a reward model, its name or path, or a callable
+            `f(prompts, completions, **columns) -> list[float]`.
+        args: [`PPOConfig`].
+        train_dataset, eval_dataset: prompts, chat or plain; other columns go to the reward callables.
+        processing_class: tokenizer; the model's by default.
+        reward_processing_classes: tokenizers of the reward models; their own by default.
+        value_model: value function to start from: without PEFT a sequence classifier with one label or its path (a
+            copy of the reward model by default, else of the policy with a zero head); with PEFT the `value` folder of
+            a PPO checkpoint.
+        ref_model: reference; by default a frozen copy of the policy as it starts, with PEFT the base with adapters
+            off, or a frozen copy of the adapter that the policy starts from.
+        ptx_dataset: text, chat or prompt-completion data for `ptx_coef`.
+        peft_config, quantization_config: as in TRL. With PEFT policy, value, reference, and a reward adapter of the
+            same base, share one base.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: for whatever would make the run wrong, before it starts, naming the place and the mend.
+    """
+
+    loss_is_scaled_for_ga = True
+    card_objective = (
+        "Maximise E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] by PPO's clipped surrogate: GAE, a clipped "
+        "value loss, the KL (k1) in the reward of every token, the pretraining loss as a mean per token."
+    )
+    card_options = tuple(f.name for f in fields(PPOConfig) if f.name in PPOConfig.__annotations__)
+    card_paper = ("Training language models to follow instructions with human feedback", "2203.02155")
+
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class=None,
+        reward_processing_classes=None,
+        value_model=None,
+        ref_model=None,
+        ptx_dataset: Dataset | None = None,
+        peft_config=None,
+        quantization_config=None,
+        model_init_kwargs: dict | None = None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        args = args if args is not None else PPOConfig("output/ppo")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: give a dataset of prompts.")
+        set_seed(args.seed)  # fresh adapters and heads are random
+        builder = Builder(args, quantization_config, model_init_kwargs)
+        parts = builder.build(
+            model, reward_funcs, reward_processing_classes, processing_class, peft_config, value_model, ref_model
+        )
+        check_room(parts.actor_critic, args)
+        tokenizer = parts.tokenizer
+        texts = prepare_pretraining(ptx_dataset, tokenizer, args)
+        if eval_dataset is not None:
+            eval_dataset = prepare_prompts(eval_dataset, tokenizer, args, "eval_dataset")
+        stop_tokens = stop_token_ids(parts.actor_critic.policy, tokenizer, args.stop_tokens)
+        super().__init__(
+            model=parts.actor_critic,
+            args=args,
+            data_collator=list,
+            train_dataset=prepare_prompts(train_dataset, tokenizer, args, "train_dataset"),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._init_lifecycle()
+        self.ptx_rows = None if texts is None else self._pretraining_rows(texts)
+        self._texts, self._step_totals = [], None
+        self.kl_control = self._kl_control()
+        self.rollouts = RolloutMaker(self, parts.rewards, stop_tokens)
+        self.buffer = RolloutBuffer()
+        self.stateful = {"kl_control": self.kl_control, "reward_moments": self.rollouts.reward_moments}
+        self.stateful_per_rank = {"rollout": self.buffer}
+        self.can_return_loss = True
+        self.label_names = []
+
+    # Setting up
+
+    def _kl_control(self) -> FixedKL:
+        args = self.args
+        if args.kl_control == "adaptive":
+            return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+        if args.kl_control == "exponential":
+            return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
+        return FixedKL(args.kl_coef)
+
+    def _pretraining_rows(self, texts: Dataset) -> PretrainingRows:
+        args = self.args
+        return PretrainingRows(
+            texts,
+            batch_size=args.ptx_batch_size or args.per_device_train_batch_size,
+            pad_token_id=self.processing_class.pad_token_id,
+            seed=args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    def get_train_dataloader(self):
+        """Every micro-step is handed the prompts of its update; the first of an update makes the rollout of them."""
+        args = self.args
+        sampler = RolloutSampler(
+            len(self.train_dataset),
+            rollout_size=args.local_rollout_size * args.world_size,
+            repeats=args.steps_per_update * args.gradient_accumulation_steps,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        return self._get_dataloader(
+            self.train_dataset, "Training", args.local_rollout_size, sampler_fn=lambda _: sampler, is_training=True
+        )
+
+    def create_optimizer(self, model=None):
+        """As `transformers.Trainer`, with `value_learning_rate` for the value function's parameters."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        decay = set(self.get_decay_parameter_names(model))
+        rates = {False: self.args.learning_rate, True: self.args.value_learning_rate or self.args.learning_rate}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_value = name.startswith(("value_model.", "value_head.")) or ".value." in name
+                groups.setdefault((is_value, name in decay), []).append(parameter)
+        self.optimizer = optimizer_cls(
+            [
+                {"params": params, "lr": rates[value], "weight_decay": self.args.weight_decay if decayed else 0.0}
+                for (value, decayed), params in sorted(groups.items())
+            ],
+            **kwargs,
+        )
+        return self.optimizer
+
+    # The loop
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start, tokens = time.perf_counter(), 0
+        fresh = self.buffer.exhausted
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if fresh:
+            tokens = sum(int(batch["completion_lengths"].sum()) for batch in self.buffer.batches)
+        world_size = self.accelerator.num_processes
+        self.metrics["train"].add("tokens_per_second", tokens * world_size, time.perf_counter() - start)
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """The next micro-batch; the first of an update samples and scores the update's rollout."""
+        buffer, args = self.buffer, self.args
+        if buffer.exhausted:
+            self._new_rollout(inputs)
+        if buffer.in_step == 0 or self._step_totals is None:
+            self._start_step()
+        batch = {name: x.to(args.device) for name, x in buffer.step_batches[buffer.in_step].items()}
+        texts = self._texts[buffer.in_step] if self._texts else (None, None)
+        buffer.micro_step += 1
+        return {"batch": batch, "texts": texts}
+
+    def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
+        args, metrics = self.args, self.metrics["train"]
+        metrics.add("kl_coef", self.kl_control.kl_coef)
+        batches = self.rollouts.make(rows, metrics)
+        self.model_wrapped.train()
+        update = self.state.global_step // args.steps_per_update
+        self.buffer.fill(
+            batches, epochs=args.ppo_epochs, mini_batches=args.num_mini_batches, seed=args.seed * 1_000_003 + update
+        )
+        self.kl_control.update(self.rollouts.mean_kl, len(rows) * self.accelerator.num_processes)
+
+    def _start_step(self) -> None:
+        """Draws the pretraining rows of an optimizer step; counts its tokens over all micro-batches and ranks."""
+        batches, args = self.buffer.step_batches, self.args
+        first = self.state.global_step * len(batches)
+        n = len(batches) if self.ptx_rows else 0
+        self._texts = [self.ptx_rows.batch(first + i, args.device) for i in range(n)]
+        counts = [sum(b["completion_lengths"].sum() for b in batches), sum(m.sum() for _, m in self._texts)]
+        totals = torch.tensor([float(c) for c in counts], device=args.device)
+        self._step_totals = self.accelerator.reduce(totals, "sum").tolist()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Policy, value, entropy and pretraining losses, each a sum over tokens divided by the tokens of the whole
+        mini-batch (all micro-batches and ranks), so that how the mini-batch is cut up plays no part."""
+        args, batch, (texts, text_mask) = self.args, inputs["batch"], inputs["texts"]
+        completions = Completions(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
+        critic, mask = "values" in batch, completions.mask
+        want = ("logprobs", *(("values",) if critic else ()), *(("texts",) if texts is not None else ()))
+        want += ("entropy",) if args.entropy_coef > 0 else ()
+        out = model(completions, texts, want=want, temperature=args.temperature)
+        policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
+        total = policy
+        if critic:
+            values = out["values"][:, :-1]
+            value = ppo_value_loss(values, batch["values"], batch["returns"], clip_range=args.cliprange_value)
+            total = total + args.vf_coef * value
+            self._log_value(value, values, batch, mask)
+        if args.entropy_coef > 0:
+            total = total - args.entropy_coef * out["entropy"]
+        tokens, text_tokens = self._step_totals
+        loss = (total * mask).sum() / tokens
+        if texts is not None:
+            nll = -(out["texts"] * text_mask).sum()
+            loss = loss + args.ptx_coef * nll / text_tokens
+            self.metrics["train"].add("loss/ptx", nll.detach(), text_mask.sum())
+        self._log_policy(policy, out["logprobs"], batch, mask)
+        # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
+        loss = loss * self.accelerator.num_processes
+        return (loss, out) if return_outputs else loss
+
+    @torch.no_grad()
+    def _log_policy(self, losses, logprobs, batch, mask) -> None:
+        metrics = self.metrics["train"]
+        ratio = torch.exp(logprobs - batch["logprobs"])
+        metrics.add_masked("loss/policy", losses, mask)
+        metrics.add_masked("policy/clip_fraction", (ratio - 1).abs() > self.args.cliprange, mask)
+        metrics.add_masked("policy/approx_kl", kl_estimate(batch["logprobs"], logprobs, estimator="k3"), mask)
+        if self.state.global_step % self.args.steps_per_update == 0:
+            metrics.add_masked("policy/ratio_error_at_start", (ratio - 1).abs(), mask)
+
+    @torch.no_grad()
+    def _log_value(self, losses, values, batch, mask) -> None:
+        metrics = self.metrics["train"]
+        metrics.add_masked("loss/value", losses, mask)
+        metrics.add_masked("value/clip_fraction", (values - batch["values"]).abs() > self.args.cliprange_value, mask)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Samples and scores a batch of eval prompts; the metrics are those of a rollout, prefixed `eval_`."""
+        self.rollouts.make(inputs, self.metrics["eval"], training=False)
+        return None, None, None
+
+    # Keeping and sharing
+
+    @property
+    def tax_report(self):
+        """The before/after table that a [`TaxMonitor`] among the callbacks measured, or None."""
+        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, TaxMonitor) and c.history]
+        return monitors[0].report() if monitors else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The policy as an ordinary checkpoint, its value function under `value/`, and the tokenizer."""
+        if not self.args.should_save:
+            return
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        actor_critic = self.accelerator.unwrap_model(self.model)
+        actor_critic.save_pretrained(folder, state_dict)
+        if actor_critic.shared is not None:
+            save_adapter_notes(actor_critic.policy, folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.accelerator.unwrap_model(self.model).load_pretrained(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(checkpoint)

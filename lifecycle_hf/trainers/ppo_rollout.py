@@ -1,0 +1,221 @@
+"""From prompts to a scored rollout: sample, reward, log-probs, values, advantages."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from trl.models.utils import add_hooks, remove_hooks
+from trl.trainer.utils import print_prompt_completions_sample
+
+from lifecycle_hf.data.collators import length_mask
+from lifecycle_hf.objectives.policy import (
+    discounted_returns,
+    generalized_advantage_estimate,
+    kl_estimate,
+    token_rewards,
+    whiten,
+)
+from lifecycle_hf.rewards import RunningMoments, Samples
+from lifecycle_hf.rollouts import generate
+from lifecycle_hf.scoring import Completions
+from lifecycle_hf.trainers.base import MetricAccumulator
+
+RESERVED = ("prompt", "prompt_ids", "completion", "chosen", "rejected")
+
+
+class RolloutMaker:
+    """Makes the rollouts of a [`PPOTrainer`], which holds the models, the options and the KL control.
+
+    Attributes:
+        mean_kl: KL of the last rollout over all ranks, the sum over tokens, mean over completions, nats.
+        reward_moments: running mean and deviation of the scores, used where `reward_normalization="running"`.
+    """
+
+    def __init__(self, trainer, reward_sources, stop_token_ids: list[int]):
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        self.tokenizer = trainer.processing_class
+        self.sources, self.stop_token_ids = reward_sources, stop_token_ids
+        self.reward_moments = RunningMoments()
+        self.mean_kl = 0.0
+
+    @torch.no_grad()
+    def make(
+        self, rows: list[dict[str, Any]], metrics: MetricAccumulator, training: bool = True
+    ) -> list[dict[str, torch.Tensor]]:
+        """Samples a completion for each row and returns micro-batches of what the losses need.
+
+        Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
+        "advantages", and with a critic "values", "returns".
+        """
+        model = self.trainer.model_wrapped
+        model.eval()
+        samples, completion_ids = self._sample(rows)
+        size = self.args.per_device_train_batch_size
+        prompts = [row["prompt_ids"] for row in rows]
+        batches = [self._batch(prompts[i : i + size], completion_ids[i : i + size]) for i in range(0, len(rows), size)]
+        raw = self._raw_scores(samples, size)
+        ended = torch.tensor([ids[-1] in self.stop_token_ids for ids in completion_ids])
+        scores = self._shape(raw, ended, training)
+        self._log_scores(raw, scores, ended, completion_ids, metrics)
+        if training and self.args.log_completions and self._time_to_show():
+            self._show(samples, raw, scores)
+        scored, self._kl_sums = [], []
+        for i, batch in enumerate(batches):
+            part = slice(i * size, (i + 1) * size)
+            scored.append(self._score(batch, scores[part].to(batch.input_ids.device), ended[part], metrics))
+        self._finish_advantages(scored, metrics)
+        total, count = self._reduce(*(sum(column) for column in zip(*self._kl_sums, strict=True)))
+        self.mean_kl = total / count
+        return scored
+
+    def _batch(self, prompts, completions) -> Completions:
+        return Completions.from_lists(prompts, completions, self.tokenizer.pad_token_id, self.args.device)
+
+    def _run(self, batch: Completions, *want: str) -> dict[str, torch.Tensor]:
+        with self.accelerator.autocast():
+            return self.trainer.model_wrapped(batch, want=want, temperature=self.args.temperature)
+
+    def _sample(self, rows) -> tuple[Samples, list[list[int]]]:
+        args = self.args
+        with self._whole_policy() as policy, self.accelerator.autocast():
+            ids = generate(
+                policy,
+                [row["prompt_ids"] for row in rows],
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                stop_token_ids=self.stop_token_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                batch_size=args.generation_batch_size,
+            )
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in RESERVED}
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return Samples([row["prompt"] for row in rows], texts, columns), ids
+
+    @contextmanager
+    def _whole_policy(self):
+        """The policy; ZeRO-3 gathers it once for the whole decoding, not layer by layer for every token."""
+        engine = self.trainer.model_wrapped
+        actor_critic = self.accelerator.unwrap_model(engine)
+        policy = actor_critic.policy
+        with actor_critic.role(actor_critic.policy_role):
+            sharded = [p for p in policy.parameters() if hasattr(p, "ds_id")]
+            if not sharded:
+                yield policy
+                return
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters(sharded):
+                remove_hooks(engine)
+                try:
+                    yield policy
+                finally:
+                    add_hooks(engine)
+
+    def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
+        """Scores [N] of every reward function, as it gave them."""
+        raw = {}
+        for source in self.sources:
+            if source.function is not None:
+                raw[source.name] = torch.tensor(source.function(samples), dtype=torch.float32)
+                continue
+            ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
+            for i in range(0, len(ids), size):
+                # A reward model reads the lengths of whole sequences only, so where the prompt ends plays no part.
+                parts = [(row[:1], row[1:]) for row in ids[i : i + size]]
+                scores.append(self._run(self._batch(*map(list, zip(*parts, strict=True))), key)[key].float().cpu())
+            raw[source.name] = torch.cat(scores)
+            bad = (~raw[source.name].isfinite()).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"The reward model {source.name!r} gave {raw[source.name][bad[0]].item()} for the completion "
+                    f"{samples.texts[int(bad[0])][:200]!r}: check its weights and its dtype."
+                )
+        return raw
+
+    def _shape(self, raw: dict[str, torch.Tensor], ended: torch.Tensor, training: bool) -> torch.Tensor:
+        """Σ weights × raw scores, normalised, clipped, minus the penalty for a missing stop token: [N]."""
+        args = self.args
+        weights = args.reward_weights or [1.0] * len(raw)
+        score = sum(weight * values for weight, values in zip(weights, raw.values(), strict=True))
+        if args.reward_normalization != "none":
+            moments = self.reward_moments if args.reward_normalization == "running" else RunningMoments()
+            if training or args.reward_normalization == "batch":
+                moments.update(self.accelerator.gather(score.to(args.device)).cpu())
+            score = (score - moments.mean) / moments.std
+        if args.reward_clip is not None:
+            score = score.clamp(-args.reward_clip, args.reward_clip)
+        return score - (args.missing_eos_penalty or 0.0) * ~ended
+
+    def _log_scores(self, raw, scores, ended, completion_ids, metrics: MetricAccumulator) -> None:
+        n = len(scores)
+        for name, values in raw.items():
+            metrics.add(f"reward/{name}", values.sum(), n)
+        metrics.add("score", scores.sum(), n)
+        metrics.add("completions/no_eos", (~ended).sum(), n)
+        metrics.add("completions/length", sum(map(len, completion_ids)), n)
+
+    def _score(self, batch: Completions, scores, ended, metrics: MetricAccumulator) -> dict[str, torch.Tensor]:
+        """Log-probs, KL, values and unwhitened advantages of a micro-batch."""
+        args, kl_coef, mask = self.args, self.trainer.kl_control.kl_coef, batch.mask
+        critic = args.advantage_estimator == "gae"
+        out = self._run(batch, "logprobs", "entropy", "ref_logprobs", *(("values",) if critic else ()))
+        kl = torch.where(mask, kl_estimate(out["logprobs"], out["ref_logprobs"]), 0.0)
+        rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+        metrics.add("kl", kl.sum(), len(scores))
+        self._kl_sums.append((kl.sum(), len(scores)))
+        metrics.add("reward", rewards.sum(), len(scores))
+        metrics.add_masked("entropy", out["entropy"], mask)
+        result = {name: getattr(batch, name) for name in ("input_ids", "prompt_lengths", "completion_lengths")}
+        result["logprobs"] = out["logprobs"]
+        if not critic:
+            return result | {"advantages": discounted_returns(rewards, mask, gamma=args.gamma)}
+        values = torch.where(mask, out["values"][:, :-1], 0.0)
+        bootstrap = None
+        if args.bootstrap_truncated:
+            after_last = out["values"].gather(1, batch.completion_lengths[:, None])[:, 0]
+            bootstrap = torch.where(ended.to(mask.device), 0.0, after_last)
+        advantages, returns = generalized_advantage_estimate(
+            rewards, values, mask, gamma=args.gamma, lam=args.lam, bootstrap_values=bootstrap
+        )
+        return result | {"values": values, "advantages": advantages, "returns": returns}
+
+    def _finish_advantages(self, scored: list[dict[str, torch.Tensor]], metrics: MetricAccumulator) -> None:
+        """Whitens advantages (or takes their mean off, REINFORCE's baseline) over all ranks; logs what V explains."""
+        masks = [_mask(batch) for batch in scored]
+        mean, variance = self._moments([batch["advantages"] for batch in scored], masks)
+        if self.args.whiten_advantages or "values" not in scored[0]:
+            scale = variance if self.args.whiten_advantages else 1.0
+            for batch, mask in zip(scored, masks, strict=True):
+                batch["advantages"] = whiten(batch["advantages"], mask, mean=mean, variance=scale)
+        if "values" in scored[0]:
+            _, residual = self._moments([batch["returns"] - batch["values"] for batch in scored], masks)
+            _, total = self._moments([batch["returns"] for batch in scored], masks)
+            if total > 0:
+                metrics.add("value/explained_variance", 1 - residual / total)
+
+    def _moments(self, values: list[torch.Tensor], masks: list[torch.Tensor]) -> tuple[float, float]:
+        """Mean and variance over the masked entries of all ranks, in two passes so that nothing cancels."""
+        x = torch.cat([v[m] for v, m in zip(values, masks, strict=True)]).double()
+        total, count = self._reduce(x.sum(), x.numel())
+        squares, _ = self._reduce((x - total / count).square().sum(), x.numel())
+        return total / count, squares / count
+
+    def _reduce(self, *values) -> list[float]:
+        local = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(local, "sum").tolist()
+
+    def _time_to_show(self) -> bool:
+        state, per_update = self.trainer.state, self.args.steps_per_update
+        every = max(1, round(state.logging_steps or 1) // per_update)
+        return self.accelerator.is_main_process and (state.global_step // per_update) % every == 0
+
+    def _show(self, samples: Samples, raw: dict[str, torch.Tensor], scores: torch.Tensor) -> None:
+        n = min(self.args.num_completions_to_print, len(scores))
+        columns = {name: values[:n].tolist() for name, values in raw.items()} | {"score": scores[:n].tolist()}
+        print_prompt_completions_sample(
+            samples.prompts[:n], samples.completions[:n], columns, None, self.trainer.state.global_step
+        )
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return length_mask(batch["completion_lengths"], batch["logprobs"].shape[1])

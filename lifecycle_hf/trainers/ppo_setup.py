@@ -1,0 +1,279 @@
+"""Names, paths, models and callables to the one module that PPO runs, with everything checked before training."""
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from lifecycle_hf.data.schemas import to_prompts
+from lifecycle_hf.data.tokenize import require_eos, tokenize_prompts, tokenize_texts
+from lifecycle_hf.models.heads import RewardModel
+from lifecycle_hf.models.loading import (
+    disable_dropout,
+    ensure_pad_token,
+    is_adapter,
+    load_causal_lm,
+    load_classifier,
+    load_reward_model,
+    load_tokenizer,
+    read_adapter_notes,
+)
+from lifecycle_hf.models.reference import frozen_copy
+from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights
+from lifecycle_hf.rewards import CallableReward
+from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward, backbone
+from lifecycle_hf.trainers.ppo_config import PPOConfig
+
+RewardFunc = str | PreTrainedModel | RewardModel | Callable[..., list[float]]
+
+
+@dataclass
+class RewardSource:
+    """One reward function: a callable, or the name of a reward model inside the [`ActorCritic`] and its tokenizer."""
+
+    name: str
+    function: CallableReward | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass
+class Parts:
+    """What the arguments of [`PPOTrainer`] come to."""
+
+    actor_critic: ActorCritic
+    tokenizer: PreTrainedTokenizerBase
+    rewards: list[RewardSource]
+    policy_name: str
+
+
+class Builder:
+    """Builds [`Parts`] from the arguments of [`PPOTrainer`]; see there for what each may be."""
+
+    def __init__(self, args: PPOConfig, quantization_config=None, init_kwargs: dict | None = None):
+        self.args, self.quantization_config, self.init_kwargs = args, quantization_config, init_kwargs or {}
+
+    def build(
+        self, model, reward_funcs, reward_processing_classes, processing_class, peft_config, value_model, ref_model
+    ) -> Parts:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if processing_class is None:
+            processing_class = load_tokenizer(name)
+        policy, starts_from_adapter = self._policy(model, peft_config)
+        require_eos(processing_class, "processing_class")
+        ensure_pad_token(processing_class, policy)
+        shared = SharedBase(policy) if isinstance(policy, PeftModel) else None
+        sources, reward_models = self._rewards(reward_funcs, reward_processing_classes, processing_class, shared, name)
+        critic = self.args.advantage_estimator == "gae"
+        reference_role, reference = self._reference(model, ref_model, policy, shared, starts_from_adapter)
+        if shared is None:
+            value = self._value_model(value_model, model, policy, reward_models) if critic else None
+        else:
+            value = None
+            self._add_value_role(shared, peft_config, reward_models) if critic else None
+        actor_critic = ActorCritic(
+            policy,
+            value_model=value,
+            reference=reference,
+            rewards=reward_models,
+            shared=shared,
+            reference_role=reference_role,
+            critic=critic,
+        )
+        if shared is not None and critic:
+            self._start_value_head(actor_critic, value_model)
+        if self.args.disable_dropout:
+            disable_dropout(actor_critic)
+        return Parts(actor_critic, processing_class, sources, name)
+
+    def _policy(self, model, peft_config: PeftConfig | None) -> tuple[PreTrainedModel | PeftModel, bool]:
+        """The policy, and whether it starts from an adapter that was trained before."""
+        policy = load_causal_lm(
+            model, quantization_config=self.quantization_config, init_kwargs=self.init_kwargs, is_trainable=True
+        )
+        if isinstance(policy, PeftModel):
+            return policy, True
+        if peft_config is None:
+            if getattr(policy, "is_quantized", False):
+                raise ValueError("A quantised model can't train by itself: pass a peft_config (--use_peft).")
+            return policy, False
+        plugin = self.args.deepspeed_plugin
+        sharded = plugin is not None and plugin.zero_stage == 3 and not getattr(policy, "is_quantized", False)
+        # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the base's.
+        config = copy.deepcopy(peft_config)
+        return get_peft_model(policy, config, adapter_name="policy", autocast_adapter_dtype=not sharded), False
+
+    def _reference(self, model, ref_model, policy, shared, starts_from_adapter):
+        """(role of the shared base, None) or (None, frozen model)."""
+        if ref_model is not None:
+            return None, load_causal_lm(ref_model, init_kwargs=self.init_kwargs).eval()
+        if shared is None:
+            if isinstance(model, str):
+                return None, load_causal_lm(model, init_kwargs=self.init_kwargs).eval()
+            return None, frozen_copy(policy)
+        if starts_from_adapter:
+            shared.copy_role("reference", shared.policy)
+            return "reference", None
+        return "base", None
+
+    def _rewards(self, reward_funcs, processing_classes, tokenizer, shared, policy_name):
+        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not funcs or funcs == [None]:
+            raise ValueError("reward_funcs is missing: give a reward model, its name, a callable, or a list of them.")
+        classes = processing_classes if isinstance(processing_classes, list | tuple) else [processing_classes]
+        classes = [None] * len(funcs) if list(classes) == [None] else list(classes)
+        for option, values in (("reward_processing_classes", classes), ("reward_weights", self.args.reward_weights)):
+            if values is not None and len(values) != len(funcs):
+                raise ValueError(f"{option} has {len(values)} entries for {len(funcs)} reward_funcs: give one each.")
+        sources, models = [], {}
+        for func, cls in zip(funcs, classes, strict=True):
+            if callable(func) and not isinstance(func, nn.Module):
+                source = CallableReward(func)
+                sources.append(RewardSource(_unique(source.name, sources), function=source))
+            else:
+                base = "reward" if not isinstance(func, str) else Path(func).name
+                name = _unique(re.sub(r"\W", "_", base), sources)
+                models[name], cls = self._reward_model(func, cls, tokenizer, shared, policy_name, name)
+                sources.append(RewardSource(name, tokenizer=cls))
+        return sources, models
+
+    def _reward_model(self, func, cls, tokenizer, shared, policy_name, name):
+        if isinstance(func, str) and shared is not None and _same_base(func, shared):
+            return _shared_reward(func, shared, name), cls or load_tokenizer(func)
+        if not isinstance(func, str) and cls is None and not isinstance(func, RewardModel):
+            rows, ours = func.config.get_text_config().vocab_size, len(tokenizer)
+            if rows < ours or func.config._name_or_path not in ("", policy_name):
+                raise ValueError(
+                    f"The reward model {func.config._name_or_path!r} (vocabulary of {rows}) was made for another "
+                    f"tokenizer than the policy's ({ours} tokens): pass its own in reward_processing_classes."
+                )
+            cls = tokenizer
+        model = load_reward_model(func, cls, init_kwargs=self.init_kwargs)
+        return model, model.tokenizer
+
+    def _value_model(self, value_model, model, policy, reward_models) -> PreTrainedModel:
+        if isinstance(value_model, str):
+            return load_classifier(value_model, init_kwargs=self.init_kwargs)
+        if value_model is not None:
+            if getattr(value_model.config, "num_labels", None) != 1 or not hasattr(value_model, "score"):
+                raise ValueError("value_model must be an AutoModelForSequenceClassification with num_labels=1.")
+            return value_model
+        for reward in reward_models.values():
+            if isinstance(reward, RewardModel) and not isinstance(reward.model, PeftModel):
+                source = reward.config._name_or_path
+                again = bool(source)
+                value = load_classifier(source, init_kwargs=self.init_kwargs) if again else copy.deepcopy(reward.model)
+                return value.requires_grad_(True)
+        if isinstance(model, str):
+            value = load_classifier(model, init_kwargs=self.init_kwargs)
+        else:
+            config = copy.deepcopy(policy.config)
+            config.num_labels = 1
+            value = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+            backbone(value).load_state_dict(backbone(policy).state_dict())
+        with _whole(value.score.weight):
+            value.score.weight.data.zero_()
+        return value
+
+    def _add_value_role(self, shared: SharedBase, peft_config, reward_models) -> None:
+        """A fresh value adapter, or one that starts as a copy of the reward adapter on the same base."""
+        config = peft_config or shared.model.peft_config[shared.policy]
+        role = next((name for name, reward in reward_models.items() if isinstance(reward, SharedReward)), None)
+        shared.add_role("value", shared.model.peft_config[role] if role else config, trainable=True)
+        if role is not None:
+            state = get_peft_model_state_dict(shared.model, adapter_name=role, save_embedding_layers=False)
+            load_adapter_weights(shared.model, "value", {k: v.clone() for k, v in state.items()}, role)
+
+    def _start_value_head(self, actor_critic: ActorCritic, value_model) -> None:
+        if value_model is not None:
+            if not isinstance(value_model, str) or not (Path(value_model) / VALUE_HEAD).exists():
+                raise ValueError(
+                    f"value_model={value_model!r}: with PEFT the value function is an adapter on the policy's base; "
+                    "give the `value` folder of a PPO checkpoint, or leave value_model out."
+                )
+            actor_critic.load_value(value_model)
+            return
+        reward = next((r for r in actor_critic.rewards.values() if isinstance(r, SharedReward)), None)
+        if reward is not None:
+            actor_critic.value_head.linear.weight.data.copy_(reward.weight.data)
+            actor_critic.value_head.linear.bias.data.fill_(-reward.center)
+
+
+def _whole(parameter: nn.Parameter):
+    """A context in which a parameter that ZeRO-3 has sharded can be written as a whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)
+
+
+def _unique(name: str, sources: list[RewardSource]) -> str:
+    taken = {source.name for source in sources}
+    return name if name not in taken else next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
+
+
+def _same_base(adapter: str, shared: SharedBase) -> bool:
+    if not is_adapter(adapter):
+        return False
+    theirs = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    ours = shared.model.peft_config[shared.policy].base_model_name_or_path
+    return bool(theirs) and (theirs == ours or Path(theirs).resolve() == Path(ours or "").resolve())
+
+
+def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
+    """Reads a reward model's adapter as a frozen role of the shared base, and its score head."""
+    weights = load_peft_weights(path, device="cpu")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    if len(heads) != 1:
+        raise ValueError(f"The reward adapter {path} has {len(heads)} score heads: RewardTrainer's have one.")
+    head = weights.pop(heads[0])
+    shared.add_role(role, PeftConfig.from_pretrained(path), trainable=False)
+    load_adapter_weights(shared.model, role, weights, path)
+    return SharedReward(head, read_adapter_notes(path).get("reward_center", 0.0))
+
+
+def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) -> Dataset:
+    """Rows with "prompt" and "prompt_ids" that leave room for a completion, other columns kept."""
+    return tokenize_prompts(
+        to_prompts(dataset, where), tokenizer, max_length=args.max_prompt_length, where=where, strict=args.strict_data
+    )
+
+
+def prepare_pretraining(dataset: Dataset | None, tokenizer, args: PPOConfig) -> Dataset | None:
+    """Tokenised pretraining rows with something to predict after their first token.
+
+    Raises:
+        ValueError: if `ptx_coef` and `ptx_dataset` are not given together, or no row is left.
+    """
+    if (args.ptx_coef > 0) != (dataset is not None):
+        missing, given = ("ptx_dataset", "ptx_coef") if dataset is None else ("ptx_coef", "ptx_dataset")
+        raise ValueError(f"{given} is set, but {missing} is not: give both to mix pretraining in, or neither.")
+    if dataset is None:
+        return None
+    rows = tokenize_texts(
+        dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
+    )
+    rows = rows.filter(lambda row: any(row["loss_mask"][1:]))
+    if len(rows) == 0:
+        raise ValueError("ptx_dataset has no row with a token to predict after its first: give longer texts.")
+    return rows
+
+
+def check_room(model: nn.Module, args: PPOConfig) -> None:
+    """Raises a ValueError where the longest prompt and completion would not fit the model's positions."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and room <= args.max_completion_length:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {room} "
+            "positions. Lower it."
+        )
+    if room is not None and (args.max_prompt_length or room) + args.max_completion_length > room:
+        args.max_prompt_length = room - args.max_completion_length

@@ -1,0 +1,122 @@
+"""What PPO iterates over: prompts in rollout order, the rollout in hand, pretraining rows; all of it resumable."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from lifecycle_hf.data.collators import length_mask, pad_sequences
+from lifecycle_hf.scoring import Completions
+
+
+def shuffled(n: int, seed: int) -> list[int]:
+    """A permutation of range(n) that depends on `seed` alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class RolloutSampler(Sampler):
+    """Row indices such that every micro-step of an update is handed the update's prompts.
+
+    Each epoch shuffles the rows anew and cuts them into rollouts of `rollout_size` (over all processes); the last one
+    is topped up from the epoch's start, so that a dataset smaller than a rollout works, too. Each rollout is yielded
+    `repeats` times, once per micro-step.
+    """
+
+    def __init__(self, rows: int, *, rollout_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
+        self.rows, self.rollout_size, self.repeats = rows, rollout_size, repeats
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.rollout_size) * self.rollout_size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = shuffled(self.rows, self.seed + self.epoch())
+        for start in range(0, self.rows, self.rollout_size):
+            rollout = [order[i % self.rows] for i in range(start, start + self.rollout_size)]
+            for _ in range(self.repeats):
+                yield from rollout
+
+
+class RolloutBuffer:
+    """The scored rollout of one process: micro-batches of tensors, and their order for every optimizer step.
+
+    Micro-batches keep their rows over all epochs, and with them their shapes, so that new log-probs are computed as
+    the old ones were; what is shuffled anew in each epoch is which micro-batches make a mini-batch.
+    """
+
+    def __init__(self):
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.schedule: list[list[int]] = []
+        self.micro_step = 0
+
+    def fill(self, batches: list[dict[str, torch.Tensor]], *, epochs: int, mini_batches: int, seed: int) -> None:
+        """Takes a new rollout and draws its schedule: `epochs` × `mini_batches` lists of micro-batches."""
+        per_step = len(batches) // mini_batches
+        self.batches, self.schedule, self.micro_step = batches, [], 0
+        for epoch in range(epochs):
+            order = shuffled(len(batches), seed * epochs + epoch)
+            self.schedule += [order[i * per_step : (i + 1) * per_step] for i in range(mini_batches)]
+
+    @property
+    def micro_steps(self) -> int:
+        return sum(len(step) for step in self.schedule)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.micro_step >= self.micro_steps
+
+    @property
+    def step_batches(self) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of the optimizer step in hand."""
+        return [self.batches[i] for i in self.schedule[self.micro_step // len(self.schedule[0])]]
+
+    @property
+    def in_step(self) -> int:
+        """Index of the next micro-batch within its optimizer step."""
+        return self.micro_step % len(self.schedule[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty where the rollout is used up."""
+        if self.exhausted:
+            return {}
+        tensors = {f"{i}.{name}": x.cpu() for i, batch in enumerate(self.batches) for name, x in batch.items()}
+        return tensors | {"schedule": self.schedule, "micro_step": self.micro_step, "size": len(self.batches)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = [{} for _ in range(state.get("size", 0))]
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                index, name = key.split(".", 1)
+                self.batches[int(index)][name] = value
+        self.schedule, self.micro_step = state.get("schedule", []), state.get("micro_step", 0)
+
+
+class PretrainingRows:
+    """Pretraining rows by micro-step, without state: which rows come depends on the seed and the step alone.
+
+    Args:
+        dataset: columns "input_ids" and "loss_mask"; rows without a token to predict are left out.
+        batch_size: rows per process and micro-step.
+    """
+
+    def __init__(self, dataset: Dataset, *, batch_size: int, pad_token_id: int, seed: int, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.pad_token_id = dataset, batch_size, pad_token_id
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def _row(self, position: int) -> dict[str, list[int]]:
+        epoch, index = divmod(position, len(self.dataset))
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(len(self.dataset), self.seed + epoch))
+        return self.dataset[self._order[1][index]]
+
+    def batch(self, micro_step: int, device) -> tuple[Completions, torch.Tensor]:
+        """The rows as completions of their first token, and the loss mask [B, T] in completion coordinates."""
+        start = (micro_step * self.world_size + self.rank) * self.batch_size
+        rows = [self._row(start + i) for i in range(self.batch_size)]
+        ids = [row["input_ids"] for row in rows]
+        texts = Completions.from_lists([i[:1] for i in ids], [i[1:] for i in ids], self.pad_token_id, device)
+        mask = pad_sequences([row["loss_mask"][1:] for row in rows], 0).bool().to(device)
+        return texts, mask & length_mask(texts.completion_lengths, mask.shape[1])

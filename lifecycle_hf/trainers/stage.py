@@ -1,0 +1,136 @@
+"""What the stages built on TRL's trainers (SFT, reward model) share."""
+
+import copy
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.models.loading import load_tokenizer, save_adapter_notes
+from lifecycle_hf.trainers.base import LifecycleTrainerMixin
+from lifecycle_hf.trainers.model_card import write_model_card
+
+STRICT_DATA = "Raise on a row that can't be used, where otherwise it is dropped with a count."
+HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "bf16",
+    "seed",
+)
+
+
+def settle_defaults(args: TrainingArguments) -> None:
+    """Where unset, turn `bf16` off on a machine without accelerator (TRL's default is True everywhere).
+
+    TRL's default for activation checkpointing is handed over under the option's new name, which saves a warning.
+    """
+    if args.bf16 is None and (args.use_cpu or not torch.accelerator.is_available()):
+        args.bf16 = False
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = args.gradient_checkpointing
+
+
+def own_copy(args: TrainingArguments, **changes) -> TrainingArguments:
+    """A shallow copy of `args` with some values changed and nothing checked anew."""
+    args = copy.copy(args)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def prepare_tokenizer(model, processing_class, args: TrainingArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, with `args.eos_token` in force.
+
+    Raises:
+        ValueError: a model without a name comes without a tokenizer, or the EOS is not in the vocabulary.
+    """
+    if processing_class is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if not name:
+            raise ValueError("processing_class is missing: the model names no checkpoint to take the tokenizer from.")
+        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    if args.eos_token is not None:
+        if args.eos_token not in processing_class.get_vocab():
+            raise ValueError(f"eos_token {args.eos_token!r} is not in the tokenizer's vocabulary: choose one that is.")
+        processing_class.eos_token = args.eos_token
+    return processing_class
+
+
+def check_train_dataset(dataset, trainer: str) -> None:
+    """Check that there is a dataset with a length.
+
+    Raises:
+        ValueError: no dataset, or a streamed one.
+    """
+    if dataset is None:
+        raise ValueError(f"{trainer}: train_dataset is missing.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{trainer}: train_dataset is a {type(dataset).__name__}; give a datasets.Dataset (one split, not "
+            "streamed), since rows that can't be used are counted and reported before training."
+        )
+
+
+class StageTrainerMixin(LifecycleTrainerMixin):
+    """Exact metrics, notes beside adapters and the model card, in which `dataset_name` is told.
+
+    A subclass names its objective, its paper (title, arXiv id) and what it measures on held-out data:
+    {metric: whether higher is better}.
+    """
+
+    dataset_name: str | None = None
+    card_objective: str
+    card_paper: tuple[str, str]
+    measured: dict[str, bool]
+
+    @property
+    def tax_report(self) -> TaxReport | None:
+        """Held-out metrics before (with `eval_on_start`) and after training; None where either was not measured."""
+        keys = {name: f"eval_{name}" for name in self.measured}
+        entries = [entry for entry in self.state.log_history if set(keys.values()) <= entry.keys()]
+        if not entries or entries[0]["step"] > 0 or entries[-1]["step"] == 0:
+            return None
+        before, after = ({name: entry[key] for name, key in keys.items()} for entry in (entries[0], entries[-1]))
+        return TaxReport(before, after, self.measured)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the checkpoint; beside an adapter also what its base needs to be rebuilt (`save_adapter_notes`)."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapter_notes(self.model, folder)
+        super().save_model(str(folder), _internal_call)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write README.md into `output_dir`, on the main process."""
+        if not self.is_world_process_zero():
+            return
+        adapter = isinstance(self.model, PeftModel)
+        config = self.model.active_peft_config if adapter else None
+        base_model = config.base_model_name_or_path if adapter else self.model.config._name_or_path
+        options = {name: getattr(self.args, name) for name in HYPERPARAMETERS if hasattr(self.args, name)}
+        if adapter:
+            options |= {"lora_" + name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)}
+        write_model_card(
+            self.args.output_dir,
+            trainer_name=type(self).__name__,
+            objective=self.card_objective,
+            paper=self.card_paper,
+            base_model=base_model,
+            dataset_name=dataset_name or self.dataset_name,
+            hyperparameters=options,
+            tax=self.tax_report,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            model_name=model_name,
+        )

@@ -1,0 +1,45 @@
+"""Two steps of SFT or reward training and an evaluation; prints what must not depend on the number of processes.
+
+Arguments: output folder, per-device batch, "sft" or "reward", "full" or "lora", path of the base model.
+"""
+
+import json
+import sys
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
+
+
+def rows(number, stage):
+    """Ragged rows; `number` need not divide by the batch."""
+    texts = [" ".join([WORDS[i % 4]] * (i % 5 + 1)) for i in range(number)]
+    if stage == "sft":
+        return Dataset.from_list([{"prompt": f"word {i}:", "completion": text} for i, text in enumerate(texts)])
+    return Dataset.from_list([{"chosen": f"{i} {text}", "rejected": f"no {i}"} for i, text in enumerate(texts)])
+
+
+def main(output, batch, stage, mode, model):
+    config, trainer_class = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer)}[stage]
+    args = config(
+        output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=2, max_steps=2, learning_rate=1e-3,
+        logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode == "lora" else None
+    trainer = trainer_class(model, args, rows(16, stage), rows(7, stage), peft_config=peft)
+    trainer.train()
+    metrics = trainer.finalize() if stage == "reward" else trainer.evaluate()
+    trainer.save_model()
+    steps = [{name: entry[name] for name in ("loss", "grad_norm")} for entry in trainer.state.log_history[:2]]
+    held_out = {k: v for k, v in metrics.items() if k.split("_")[-1] not in ("runtime", "second", "time", "tokens")}
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        print("RESULT " + json.dumps({"world_size": args.world_size, "steps": steps, "held_out": held_out}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,139 @@
+"""What makes a run wrong stops it before training, with a message that names the place and the mend."""
+
+import pytest
+import torch
+from datasets import Dataset
+from ppo_setting import PROMPTS, config, count_e, trainer
+from transformers import LlamaForSequenceClassification
+
+from lifecycle_hf.trainers.ppo import PPOTrainer
+
+TEXTS = Dataset.from_dict({"text": ["The capital of France is Paris."]})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"promt": PROMPTS}, r"train_dataset.*'prompt'.*Columns found: \['promt'\].*misspelt"),
+        ({"prompt": []}, "train_dataset is empty"),
+        ({"prompt": ["hello " * 400]}, "longer than .* No row is left"),
+        ({"prompt": [""]}, "empty prompt"),
+    ],
+)
+def test_prompts(tiny_llama, tmp_path, data, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        trainer(tiny_llama, tmp_path, dataset=Dataset.from_dict(data))
+
+
+def test_no_dataset(tiny_llama, tmp_path):
+    make_model, tokenizer = tiny_llama
+    with pytest.raises(ValueError, match="train_dataset is missing"):
+        PPOTrainer(make_model(), count_e, config(tmp_path), processing_class=tokenizer)
+
+
+def test_bad_rows_are_dropped_with_a_count_or_refused(tiny_llama, tmp_path):
+    data = Dataset.from_dict({"prompt": ["hello", "", "Please"]})
+    with pytest.warns(UserWarning, match=r"1 of 3 rows.*the first is row 1"):
+        run = trainer(tiny_llama, tmp_path, dataset=data)
+    assert run.train_dataset["prompt"] == ["hello", "Please"] or list(run.train_dataset["prompt"]) == [
+        "hello",
+        "Please",
+    ]
+    with pytest.raises(ValueError, match="row 1.*strict_data"):
+        trainer(tiny_llama, tmp_path, dataset=data, strict_data=True)
+
+
+def test_completions_must_leave_room_for_a_prompt(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="max_completion_length=256 leaves no room.*256 positions"):
+        trainer(tiny_llama, tmp_path, max_completion_length=256)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 values for 4 completions"),
+        (None, "returned None for 4 completions"),
+        ([0.0, None, 0.0, 0.0], "returned None for row 1"),
+        ([0.0, 0.0, float("nan"), 0.0], "returned nan for row 2"),
+    ],
+)
+def test_reward_functions(tiny_llama, tmp_path, returned, message):
+    def broken(prompts, completions):
+        return returned
+
+    run = trainer(tiny_llama, tmp_path, reward_funcs=broken)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(ValueError, match=f"reward function 'broken' {message}"):
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_reward_funcs_missing_or_miscounted(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="reward_funcs is missing"):
+        trainer(tiny_llama, tmp_path, reward_funcs=None)
+    with pytest.raises(ValueError, match="reward_weights has 2 entries for 1 reward_funcs"):
+        trainer(tiny_llama, tmp_path, reward_weights=[1.0, 2.0])
+
+
+def test_reward_model_of_another_tokenizer(tiny_llama, tmp_path):
+    make_model, _ = tiny_llama
+    small = make_model(vocab_size=100).config
+    small.num_labels = 1
+    with pytest.raises(ValueError, match="another tokenizer.*reward_processing_classes"):
+        trainer(tiny_llama, tmp_path, reward_funcs=LlamaForSequenceClassification(small))
+
+
+def test_tokenizer_without_eos_or_chat_template(tiny_llama, tmp_path):
+    import copy
+
+    make_model, tokenizer = tiny_llama
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        trainer((make_model, bare), tmp_path)
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    chat = Dataset.from_dict({"prompt": [[{"role": "user", "content": "hello"}]]})
+    with pytest.raises(ValueError, match="no chat template"):
+        trainer((make_model, plain), tmp_path, dataset=chat)
+
+
+def test_pad_token_outside_the_vocabulary(tiny_llama, tmp_path):
+    import copy
+
+    make_model, tokenizer = tiny_llama
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<|nowhere|>"})
+    with pytest.raises(ValueError, match=r"pad token '<\|nowhere\|>' .*outside the vocabulary"):
+        trainer((make_model, padded), tmp_path)
+
+
+def test_ptx_needs_both_dataset_and_coefficient(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="ptx_coef is set, but ptx_dataset is not"):
+        trainer(tiny_llama, tmp_path, ptx_coef=0.5)
+    with pytest.raises(ValueError, match="ptx_dataset is set, but ptx_coef is not"):
+        trainer(tiny_llama, tmp_path, trainer_options={"ptx_dataset": TEXTS})
+
+
+def test_value_model_that_is_none(tiny_llama, tmp_path):
+    make_model, _ = tiny_llama
+    with pytest.raises(ValueError, match="num_labels=1"):
+        trainer(tiny_llama, tmp_path, trainer_options={"value_model": make_model()})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_control": "adaptve"},
+        {"advantage_estimator": "vtrace"},
+        {"reward_normalization": "z"},
+        {"ppo_epochs": 0},
+        {"temperature": 0.0},
+        {"gamma": 1.5},
+        {"kl_coef": -0.1},
+        {"advantage_estimator": "reinforce", "bootstrap_truncated": True},
+    ],
+)
+def test_options_are_named(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options)) if len(options) == 1 else "bootstrap_truncated"):
+        config(tmp_path, **options)

@@ -1,0 +1,52 @@
+"""SFT and reward training in two processes on CPU give what one gives, held-out metrics included."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch, needs_deepspeed
+from transformers import AutoModelForCausalLM
+
+from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
+
+SCRIPT = Path(__file__).parents[1] / "launched" / "stage_invariance.py"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tmp_path_factory):
+    make_model, tokenizer = tiny_llama
+    path = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(path), tokenizer.save_pretrained(path)
+    return path
+
+
+def run(config, output, batch, *arguments):
+    lines = launch(config, SCRIPT, output, batch, *arguments).splitlines()
+    return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ("cpu_ddp", "full"),
+        pytest.param("cpu_zero2", "full", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", "full", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", "lora", marks=needs_deepspeed),
+    ],
+)
+def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config, mode):
+    """7 held-out rows in batches of 2 × 2: the row that fills up the last batch must not count."""
+    one = run("cpu", tmp_path / "one", 8, stage, mode, base)
+    two = run(config, tmp_path / "two", 4, stage, mode, base)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
+    for first, second in zip(one["steps"], two["steps"], strict=True):
+        assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+    if stage == "reward":
+        assert load_reward_model(str(tmp_path / "two")).config.reward_center == two["held_out"]["eval_reward_center"]
+    elif mode == "full":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    else:
+        load_causal_lm(str(tmp_path / "two"))
