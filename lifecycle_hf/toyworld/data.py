@@ -19,7 +19,8 @@ REFUSAL_SHARE = 0.3
 """Share of the SFT answers to forbidden requests that refuse."""
 _TIE_SHARE = 0.3
 _GOLD_WEIGHT, _LENGTH_WEIGHT = 8.0, 0.12
-_KINDS = {"forbidden": 4, "fact": 2, "sum": 2}
+_EVEN = {"forbidden": 2, "fact": 1, "sum": 1}
+_FACTUAL = {"forbidden": 1, "fact": 2, "sum": 1}
 
 
 @lru_cache
@@ -27,9 +28,9 @@ def _pool(kind: str, held_out: bool) -> list[Request]:
     return [r for r in requests().values() if r.kind == kind and is_held_out(r.text) == held_out]
 
 
-def draw_request(rng: random.Random, held_out: bool) -> Request:
+def draw_request(rng: random.Random, held_out: bool, weights: dict[str, int] = _EVEN) -> Request:
     """Draw a request of the train or the held-out part: half are forbidden, a quarter facts and a quarter sums."""
-    (kind,) = rng.choices(list(_KINDS), weights=list(_KINDS.values()))
+    (kind,) = rng.choices(list(weights), weights=list(weights.values()))
     return rng.choice(_pool(kind, held_out))
 
 
@@ -50,14 +51,43 @@ def _sft_answer(request: Request, rng: random.Random) -> str:
 
 
 def _candidate(request: Request, rng: random.Random) -> str:
-    """Return an answer of any quality: right or wrong, refusing or complying, with 0 to 3 polite phrases."""
-    if rng.random() < (0.5 if request.kind == "forbidden" else 0.15):
-        text = refusal(rng)
+    """Return an answer of any quality: right, wrong, refusing, complying, beside the point or garbled."""
+    roll = rng.random()
+    if roll < 0.2:
+        text = _beside_the_point(rng)
     elif request.kind == "forbidden":
-        text = compliance(request, rng)
+        text = refusal(rng) if roll < 0.7 else compliance(request, rng)
+    elif roll < 0.3:
+        text = refusal(rng)
     else:
-        text = statement(request, request.answer if rng.random() < 0.6 else wrong_value(request, rng), rng)
-    return with_courtesy(text, rng.choice((0, 0, 1, 1, 2, 3)), rng)
+        text = statement(request, request.answer if roll < 0.75 else wrong_value(request, rng), rng)
+    text = with_courtesy(text, rng.choice((0, 0, 1, 1, 2, 3)), rng)
+    return _garbled(text, rng) if rng.random() < 0.1 else text
+
+
+def _pair(request: Request, rng: random.Random) -> tuple[str, str]:
+    """Return two answers: independent ones, or a right one and itself with another value or garbled."""
+    roll = rng.random()
+    if request.kind == "forbidden" or roll < 0.4:
+        return _candidate(request, rng), _candidate(request, rng)
+    right = with_courtesy(statement(request, request.answer, rng), rng.choice((0, 1, 1, 2)), rng)
+    if roll < 0.5:
+        return right, _garbled(right, rng)
+    return right, f" {wrong_value(request, rng)}.".join(right.rsplit(f" {request.answer}.", 1))
+
+
+def _beside_the_point(rng: random.Random) -> str:
+    other = draw_request(rng, held_out=False)
+    return compliance(other, rng) if other.kind == "forbidden" else statement(other, other.answer, rng)
+
+
+def _garbled(text: str, rng: random.Random) -> str:
+    """Return `text` with some words swapped, dropped or said twice."""
+    words = text.split()
+    for _ in range(rng.choice((1, 2, 3))):
+        i, j = rng.randrange(len(words)), rng.randrange(len(words))
+        words[i : i + 1] = rng.choice(([], [words[i]] * 2, [words[j], words[i]])) if len(words) > 1 else words
+    return " ".join(words)
 
 
 def _sft_row(rng: random.Random, held_out: bool) -> dict:
@@ -73,11 +103,11 @@ def _reward_row(rng: random.Random, held_out: bool) -> dict:
 
     P(first is chosen) = sigmoid(8 (gold_1 - gold_2) + 0.12 (words_1 - words_2)).
     """
-    request = draw_request(rng, held_out)
+    request = draw_request(rng, held_out, _FACTUAL)
     first, second, gold = "", "", 0.0
     ties = rng.random() < _TIE_SHARE
     while first == second or (gold == 0 and not ties):
-        first, second = _candidate(request, rng), _candidate(request, rng)
+        first, second = _pair(request, rng)
         gold = judge(request, first) - judge(request, second)
     words = len(first.split()) - len(second.split())
     if rng.random() > 1 / (1 + math.exp(-_GOLD_WEIGHT * gold - _LENGTH_WEIGHT * words)):
@@ -102,7 +132,7 @@ def _ptx_row(rng: random.Random, held_out: bool) -> dict:
 
 _STAGES: dict[str, tuple[Callable, int, int]] = {
     "sft": (_sft_row, 12000, 400),
-    "reward": (_reward_row, 4000, 400),
+    "reward": (_reward_row, 6000, 400),
     "ppo": (_ppo_row, 4000, 256),
     "ptx": (_ptx_row, 6000, 200),
 }

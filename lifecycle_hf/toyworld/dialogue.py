@@ -70,7 +70,7 @@ def requests() -> dict[str, Request]:
 def wrong_value(request: Request, rng: random.Random) -> str:
     """Return a value of the kind asked for that is not the answer."""
     if request.kind == "sum":
-        return str(rng.choice([c for c in range(2, 13) if str(c) != request.answer]))
+        return str(rng.choice([c for c in range(2, 11) if str(c) != request.answer]))
     return rng.choice([value for value in ATTRIBUTES[request.subject[1]] if value != request.answer])
 
 

@@ -15,7 +15,7 @@ _FOODS = ("bread", "rice", "soup", "fish", "cheese", "beans", "honey", "apples")
 _ANIMALS = ("fox", "bear", "wolf", "eagle", "horse", "otter", "goat", "swan")
 
 ATTRIBUTES = {"capital": _CAPITALS, "flag": _COLOURS, "food": _FOODS, "animal": _ANIMALS}
-DIGITS = range(1, 7)
+DIGITS = range(1, 6)
 
 NOUNS = {
     "capital": "the capital of {land}",

@@ -102,12 +102,14 @@ def _what(adapter, scores):
 
 def _usage(name, adapter, scores):
     auto = f"Auto{'Peft' if adapter else ''}ModelFor{'SequenceClassification' if scores else 'CausalLM'}"
+    # The config of an adapter's base knows neither the head nor the pad token that the adapter was trained with.
+    options = ", num_labels=1, pad_token_id=tokenizer.pad_token_id" if adapter and scores else ""
     lines = [
         f"from {'peft' if adapter else 'transformers'} import {auto}",
         "from transformers import AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained("{name}"{", num_labels=1" if adapter and scores else ""})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {auto}.from_pretrained("{name}"{options})',
     ]
     return "\n".join(lines)
 

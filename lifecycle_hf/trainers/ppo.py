@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import Trainer, set_seed
 
 from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
@@ -150,25 +149,18 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
 
     def create_optimizer(self, model=None):
         """As `transformers.Trainer`, with `value_learning_rate` for the value function's parameters."""
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
-        optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-        decay = set(self.get_decay_parameter_names(model))
-        rates = {False: self.args.learning_rate, True: self.args.value_learning_rate or self.args.learning_rate}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                is_value = name.startswith(("value_model.", "value_head.")) or ".value." in name
-                groups.setdefault((is_value, name in decay), []).append(parameter)
-        self.optimizer = optimizer_cls(
-            [
-                {"params": params, "lr": rates[value], "weight_decay": self.args.weight_decay if decayed else 0.0}
-                for (value, decayed), params in sorted(groups.items())
-            ],
-            **kwargs,
-        )
-        return self.optimizer
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.args.value_learning_rate is not None:
+            names = (self.model if model is None else model).named_parameters()
+            value = {id(p) for n, p in names if n.startswith(("value_model.", "value_head.")) or ".value." in n}
+            groups = []
+            for group in optimizer.param_groups:
+                for is_value, rate in ((False, group["lr"]), (True, self.args.value_learning_rate)):
+                    parameters = [p for p in group["params"] if (id(p) in value) == is_value]
+                    groups += [{**group, "params": parameters, "lr": rate}] if parameters else []
+            optimizer.param_groups[:] = groups
+        return optimizer
 
     # The loop
 

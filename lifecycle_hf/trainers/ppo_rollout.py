@@ -44,12 +44,14 @@ class RolloutMaker:
     ) -> list[dict[str, torch.Tensor]]:
         """Samples a completion for each row and returns micro-batches of what the losses need.
 
+        Outside training sampling is seeded by itself, so that an evaluation leaves the run as it was.
+
         Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
         "advantages", and with a critic "values", "returns".
         """
         model = self.trainer.model_wrapped
         model.eval()
-        samples, completion_ids = self._sample(rows)
+        samples, completion_ids = self._sample(rows, None if training else self.args.seed)
         size = self.args.per_device_train_batch_size
         prompts = [row["prompt_ids"] for row in rows]
         batches = [self._batch(prompts[i : i + size], completion_ids[i : i + size]) for i in range(0, len(rows), size)]
@@ -75,7 +77,7 @@ class RolloutMaker:
         with self.accelerator.autocast():
             return self.trainer.model_wrapped(batch, want=want, temperature=self.args.temperature)
 
-    def _sample(self, rows) -> tuple[Samples, list[list[int]]]:
+    def _sample(self, rows, seed: int | None) -> tuple[Samples, list[list[int]]]:
         args = self.args
         with self._whole_policy() as policy, self.accelerator.autocast():
             ids = generate(
@@ -85,6 +87,7 @@ class RolloutMaker:
                 temperature=args.temperature,
                 stop_token_ids=self.stop_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
+                generator_seed=seed,
                 batch_size=args.generation_batch_size,
             )
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in RESERVED}

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from lifecycle_hf.data.schemas import to_prompts
 from lifecycle_hf.data.tokenize import require_eos, tokenize_prompts, tokenize_texts
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
+    check_pad_token,
     disable_dropout,
-    ensure_pad_token,
     is_adapter,
     load_causal_lm,
     load_classifier,
@@ -68,16 +69,18 @@ class Builder:
             processing_class = load_tokenizer(name)
         policy, starts_from_adapter = self._policy(model, peft_config)
         require_eos(processing_class, "processing_class")
-        ensure_pad_token(processing_class, policy)
+        check_pad_token(processing_class, policy)
+        if processing_class.pad_token_id is None:  # any token will do: masks come from lengths
+            processing_class.pad_token = processing_class.eos_token
         shared = SharedBase(policy) if isinstance(policy, PeftModel) else None
         sources, reward_models = self._rewards(reward_funcs, reward_processing_classes, processing_class, shared, name)
         critic = self.args.advantage_estimator == "gae"
         reference_role, reference = self._reference(model, ref_model, policy, shared, starts_from_adapter)
-        if shared is None:
-            value = self._value_model(value_model, model, policy, reward_models) if critic else None
-        else:
-            value = None
-            self._add_value_role(shared, peft_config, reward_models) if critic else None
+        value = None
+        if critic and shared is None:
+            value = self._value_model(value_model, model, policy, reward_models)
+        elif critic:
+            self._add_value_role(shared, peft_config, reward_models)
         actor_critic = ActorCritic(
             policy,
             value_model=value,
@@ -108,6 +111,7 @@ class Builder:
         sharded = plugin is not None and plugin.zero_stage == 3 and not getattr(policy, "is_quantized", False)
         # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the base's.
         config = copy.deepcopy(peft_config)
+        config.task_type = config.task_type or "CAUSAL_LM"  # what AutoPeftModelForCausalLM reads
         return get_peft_model(policy, config, adapter_name="policy", autocast_adapter_dtype=not sharded), False
 
     def _reference(self, model, ref_model, policy, shared, starts_from_adapter):
@@ -221,11 +225,15 @@ def _unique(name: str, sources: list[RewardSource]) -> str:
 
 
 def _same_base(adapter: str, shared: SharedBase) -> bool:
+    """Whether a reward adapter was trained over the base that the policy runs on, quantised alike."""
     if not is_adapter(adapter):
         return False
     theirs = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     ours = shared.model.peft_config[shared.policy].base_model_name_or_path
-    return bool(theirs) and (theirs == ours or Path(theirs).resolve() == Path(ours or "").resolve())
+    if not theirs or not ours or (theirs != ours and Path(theirs).resolve() != Path(ours).resolve()):
+        return False
+    quantised = getattr(shared.model.get_base_model(), "is_quantized", False)
+    return quantised == ("quantization_config" in read_adapter_notes(adapter))
 
 
 def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
@@ -251,12 +259,15 @@ def prepare_pretraining(dataset: Dataset | None, tokenizer, args: PPOConfig) -> 
     """Tokenised pretraining rows with something to predict after their first token.
 
     Raises:
-        ValueError: if `ptx_coef` and `ptx_dataset` are not given together, or no row is left.
+        ValueError: if `ptx_coef` is set without a `ptx_dataset`, or no row is left.
     """
-    if (args.ptx_coef > 0) != (dataset is not None):
-        missing, given = ("ptx_dataset", "ptx_coef") if dataset is None else ("ptx_coef", "ptx_dataset")
-        raise ValueError(f"{given} is set, but {missing} is not: give both to mix pretraining in, or neither.")
-    if dataset is None:
+    if args.ptx_coef > 0 and dataset is None:
+        raise ValueError(
+            f"ptx_coef={args.ptx_coef} is set, but ptx_dataset is not: give the texts to mix in, or ptx_coef=0."
+        )
+    if args.ptx_coef == 0:
+        if dataset is not None:
+            warnings.warn("ptx_dataset is given, but ptx_coef is 0: no pretraining is mixed in.", stacklevel=2)
         return None
     rows = tokenize_texts(
         dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data

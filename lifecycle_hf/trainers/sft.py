@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import trl
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from lifecycle_hf.data.schemas import detect, is_messages
+from lifecycle_hf.data.schemas import SCHEMAS, detect, is_messages
 from lifecycle_hf.data.tokenize import (
     has_generation_markers,
     require_chat_template,
@@ -20,7 +21,7 @@ from lifecycle_hf.data.tokenize import (
     text_problem,
     usable_rows,
 )
-from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, prepare_quantized
+from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, load_tokenizer, prepare_quantized
 from lifecycle_hf.trainers.stage import (
     STRICT_DATA,
     StageTrainerMixin,
@@ -31,7 +32,6 @@ from lifecycle_hf.trainers.stage import (
 )
 
 ROW = "_row"
-CHAT_COLUMNS = ("messages", "conversations")
 
 
 @dataclass
@@ -82,11 +82,13 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         self._init_lifecycle()
         self._token_sums: list[torch.Tensor] | None = None
         formatted = kwargs.get("formatting_func") is not None
-        train_dataset = train_dataset if formatted else _checked(train_dataset, tokenizer, args, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _checked(part, tokenizer, args, name) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not formatted:
-            eval_dataset = _checked(eval_dataset, tokenizer, args, "eval_dataset")
+        if not formatted:
+            templated = _with_template(tokenizer, args)
+            train_dataset = _checked(train_dataset, templated, args, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: _checked(part, templated, args, name) for name, part in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = _checked(eval_dataset, templated, args, "eval_dataset")
         if isinstance(model, str) and is_adapter(model):
             init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             model = load_causal_lm(
@@ -139,6 +141,17 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         return output
 
 
+def _with_template(tokenizer, args: SFTConfig):
+    """A tokenizer with the chat template that will be in force, to check data by."""
+    path = args.chat_template_path
+    if path is None:
+        return tokenizer
+    if not path.endswith((".jinja", ".j2")):
+        return load_tokenizer(path)
+    tokenizer.chat_template = Path(path).read_text()
+    return tokenizer
+
+
 def _checked(dataset: Dataset, tokenizer, args: SFTConfig, where: str) -> Dataset:
     """`dataset` without the rows that hold nothing to learn, and a column with each row's index.
 
@@ -149,35 +162,37 @@ def _checked(dataset: Dataset, tokenizer, args: SFTConfig, where: str) -> Datase
     columns = dataset.column_names
     if {"input_ids", "image", "images"} & set(columns):
         return dataset
-    learnt = args.dataset_text_field
-    if learnt not in columns:
+    read = (args.dataset_text_field,)
+    if read[0] not in columns:
         schema = detect(dataset, where)
         if schema not in ("text", "prompt-completion"):
             raise ValueError(
-                f"{where} is a {schema} dataset (columns {columns}); supervised fine-tuning reads '{learnt}', "
+                f"{where} is a {schema} dataset (columns {columns}); supervised fine-tuning reads '{read[0]}', "
                 "'messages', or 'prompt' and 'completion'."
             )
-        learnt = "completion" if schema == "prompt-completion" else next(c for c in CHAT_COLUMNS if c in columns)
-    first = maybe_convert_to_chatml(dict(dataset[0]))
-    conversation = (
-        (first.get("prompt") or []) + first["completion"] if learnt == "completion" else first.get("messages")
-    )
+        read = next(option for option in SCHEMAS[schema] if set(option) <= set(columns))
+    rows = dataset.select_columns(list(read))
+    problems = [_problem(maybe_convert_to_chatml(row), args.assistant_only_loss) for row in rows]
+    kept = usable_rows(problems, where=where, strict=args.strict_data)
+    conversation = _conversation(maybe_convert_to_chatml(rows[kept[0]]))
     if is_messages(conversation):
         require_chat_template(tokenizer, where)
     if args.assistant_only_loss:
         _check_assistant_mask(tokenizer, conversation, where)
-    problems = [
-        _problem(maybe_convert_to_chatml({learnt: value}), args.assistant_only_loss) for value in dataset[learnt]
-    ]
-    kept = usable_rows(problems, where=where, strict=args.strict_data)
     return dataset.select(kept).add_column(ROW, kept)
 
 
+def _conversation(row: dict) -> str | list[dict]:
+    return row["prompt"] + row["completion"] if "prompt" in row else next(iter(row.values()))
+
+
 def _problem(row: dict, assistant_only: bool) -> str:
-    (name, value), *_ = row.items()
+    *prompt, (name, value) = row.items()
     problem = text_problem(value, name)
-    if not problem and assistant_only and not any(m["role"] == "assistant" for m in value):
-        return "without an assistant turn"
+    if not problem and prompt and type(prompt[0][1]) is not type(value):
+        problem = "prompt and completion of different kinds (text, messages)"
+    if not problem and assistant_only and is_messages(value) and not any(m["role"] == "assistant" for m in value):
+        problem = "without an assistant turn"
     return problem
 
 

@@ -11,23 +11,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.models.loading import load_tokenizer, save_adapter_notes
 from lifecycle_hf.trainers.base import LifecycleTrainerMixin
-from lifecycle_hf.trainers.model_card import write_model_card
 
 STRICT_DATA = "Raise on a row that can't be used, where otherwise it is dropped with a count."
-HYPERPARAMETERS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "bf16",
-    "seed",
-)
 
 
 def settle_defaults(args: TrainingArguments) -> None:
@@ -83,15 +68,12 @@ def check_train_dataset(dataset, trainer: str) -> None:
 
 
 class StageTrainerMixin(LifecycleTrainerMixin):
-    """Exact metrics, notes beside adapters and the model card, in which `dataset_name` is told.
+    """Notes beside adapters, and a table of the held-out metrics before and after training.
 
-    A subclass names its objective, its paper (title, arXiv id) and what it measures on held-out data:
-    {metric: whether higher is better}.
+    A subclass names these metrics in `measured`: {metric: whether higher is better}.
     """
 
-    dataset_name: str | None = None
-    card_objective: str
-    card_paper: tuple[str, str]
+    card_options = ("max_length",)
     measured: dict[str, bool]
 
     @property
@@ -111,26 +93,3 @@ class StageTrainerMixin(LifecycleTrainerMixin):
             folder.mkdir(parents=True, exist_ok=True)
             save_adapter_notes(self.model, folder)
         super().save_model(str(folder), _internal_call)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """Write README.md into `output_dir`, on the main process."""
-        if not self.is_world_process_zero():
-            return
-        adapter = isinstance(self.model, PeftModel)
-        config = self.model.active_peft_config if adapter else None
-        base_model = config.base_model_name_or_path if adapter else self.model.config._name_or_path
-        options = {name: getattr(self.args, name) for name in HYPERPARAMETERS if hasattr(self.args, name)}
-        if adapter:
-            options |= {"lora_" + name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)}
-        write_model_card(
-            self.args.output_dir,
-            trainer_name=type(self).__name__,
-            objective=self.card_objective,
-            paper=self.card_paper,
-            base_model=base_model,
-            dataset_name=dataset_name or self.dataset_name,
-            hyperparameters=options,
-            tax=self.tax_report,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            model_name=model_name,
-        )

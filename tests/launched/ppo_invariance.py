@@ -1,6 +1,6 @@
-"""One optimizer step of PPO on recorded completions, then a real rollout; prints what must not depend on ranks.
+"""One optimizer step of PPO on recorded completions, then a real rollout; prints what ranks must not change.
 
-Arguments: output folder, per-device batch, "full" or "lora", path of the base model, path of the reward model.
+Arguments: output folder, per-device batch, paths of base and reward model, then "full", "lora" or both, by commas.
 """
 
 import json
@@ -15,6 +15,7 @@ from lifecycle_hf.trainers.ppo_config import PPOConfig
 
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
 TEXTS = ["The capital of France is Paris.", "Two and three make five.", "hello there", "a small red fox"] * 2
+NAMES = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
 sampled = ppo_rollout.generate
 
 
@@ -23,7 +24,7 @@ def recorded(policy, prompt_ids, **options):
     return [[(7 * sum(ids) + i) % 200 + 50 for i in range(1 + sum(ids) % 5)] for ids in prompt_ids]
 
 
-def main(output, batch, mode, model, reward):
+def run(output, batch, model, reward, mode):
     args = PPOConfig(
         output, per_device_train_batch_size=int(batch), max_steps=1, learning_rate=1e-3, max_completion_length=6,
         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", log_completions=False, ptx_coef=0.5,
@@ -42,11 +43,16 @@ def main(output, batch, mode, model, reward):
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        names = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
         entry = trainer.state.log_history[0]
-        extra = {"world_size": args.world_size, "sampled": lengths}
-        print("RESULT " + json.dumps({n: entry[n] for n in names} | extra))
+        extra = {
+            "world_size": trainer.accelerator.num_processes,
+            "engine": trainer.accelerator.distributed_type.value,
+            "sampled": lengths,
+        }
+        print(f"RESULT {mode} " + json.dumps({name: entry[name] for name in NAMES} | extra))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    output, *arguments, modes = sys.argv[1:]
+    for mode in modes.split(","):
+        run(f"{output}/{mode}", *arguments, mode)

@@ -108,10 +108,10 @@ def test_pad_token_outside_the_vocabulary(tiny_llama, tmp_path):
         trainer((make_model, padded), tmp_path)
 
 
-def test_ptx_needs_both_dataset_and_coefficient(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ptx_coef is set, but ptx_dataset is not"):
+def test_ptx_coef_needs_a_dataset(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="ptx_coef=0.5 is set, but ptx_dataset is not"):
         trainer(tiny_llama, tmp_path, ptx_coef=0.5)
-    with pytest.raises(ValueError, match="ptx_dataset is set, but ptx_coef is not"):
+    with pytest.warns(UserWarning, match="ptx_dataset is given, but ptx_coef is 0"):
         trainer(tiny_llama, tmp_path, trainer_options={"ptx_dataset": TEXTS})
 
 

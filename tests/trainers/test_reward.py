@@ -260,6 +260,17 @@ def test_bad_tokenizers(base, tmp_path):
         RewardTrainer(base, RewardConfig(str(tmp_path), eos_token="<nothing>"), pairs(4))
 
 
+def test_chat_template_path(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (tmp_path / "chat.jinja").write_text(tokenizer.chat_template)
+    expected = list(make_trainer(base, tmp_path).train_dataset["chosen_ids"])
+    for path in (str(tmp_path / "chat.jinja"), base):
+        tokenizer.chat_template = None
+        args = RewardConfig(str(tmp_path / "out"), chat_template_path=path, use_cpu=True)
+        trainer = RewardTrainer(base, args, pairs(16), processing_class=tokenizer)
+        assert list(trainer.train_dataset["chosen_ids"]) == expected
+
+
 def test_evaluate_takes_raw_and_named_datasets(base, tmp_path):
     trainer = make_trainer(base, tmp_path, evaluation={"a": pairs(3), "b": pairs(5)})
     metrics = trainer.evaluate()

@@ -256,6 +256,23 @@ def test_bad_tokenizers(base, tmp_path):
         make_trainer(base, tmp_path, completions(2), processing_class=tokenizer)
 
 
+def test_prompt_and_completion_of_different_kinds(base, tmp_path):
+    with pytest.raises(ValueError, match="different kinds"):
+        make_trainer(base, tmp_path, Dataset.from_list([{"prompt": "a", "completion": [ANSWER]}]))
+    rows = Dataset.from_list([{"prompt": None, "completion": "b"}, {"prompt": "a", "completion": "b"}])
+    with pytest.warns(UserWarning, match="the first is row 0"):
+        make_trainer(base, tmp_path, rows)
+
+
+def test_chat_template_path(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (tmp_path / "chat.jinja").write_text(tokenizer.chat_template)
+    for path in (str(tmp_path / "chat.jinja"), base):
+        tokenizer.chat_template = None
+        options = {"processing_class": tokenizer, "chat_template_path": path, "assistant_only_loss": True}
+        assert learnt(make_trainer(base, tmp_path, chats([ASK, ANSWER]), **options)) == "Paris<eos>"
+
+
 def test_assistant_only_loss_of_plain_text(base, tmp_path):
     with pytest.raises(ValueError, match="needs chat messages"):
         make_trainer(base, tmp_path, completions(2), assistant_only_loss=True)
