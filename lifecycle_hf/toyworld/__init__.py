@@ -4,10 +4,10 @@ Facts and sums are its capability, courtesy and refusals of forbidden requests i
 judge only: every trainer runs on it through the same public interface as on a real model.
 """
 
-from .data import dataset
-from .gold import gold_reward
-from .measure import measure
-from .model import build_model, build_tokenizer
-from .stages import stage_checkpoint
+from lifecycle_hf.toyworld.data import dataset
+from lifecycle_hf.toyworld.evaluation import measure
+from lifecycle_hf.toyworld.gold import gold_reward
+from lifecycle_hf.toyworld.model import build_model, build_tokenizer
+from lifecycle_hf.toyworld.stages import stage_checkpoint
 
 __all__ = ["build_model", "build_tokenizer", "dataset", "gold_reward", "measure", "stage_checkpoint"]

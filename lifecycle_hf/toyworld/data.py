@@ -8,10 +8,18 @@ from functools import lru_cache
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from .dialogue import Request, compliance, refusal, requests, statement, with_courtesy, wrong_value
-from .gold import judge
-from .model import build_tokenizer
-from .world import document, is_held_out
+from lifecycle_hf.toyworld.dialogue import (
+    Request,
+    compliance,
+    refusal,
+    requests,
+    statement,
+    with_courtesy,
+    wrong_value,
+)
+from lifecycle_hf.toyworld.gold import judge
+from lifecycle_hf.toyworld.model import build_tokenizer
+from lifecycle_hf.toyworld.world import document, is_held_out
 
 POLITE_SHARE = 0.3
 """Share of the SFT answers to benign requests that are polite."""
@@ -143,7 +151,7 @@ _STAGES: dict[str, tuple[Callable, int, int]] = {
 def dataset(stage: str, seed: int = 0) -> DatasetDict:
     """Return the train and test splits of a stage, the same for the same seed.
 
-    - "sft": {"text"}: documents and, rendered with the chat template, dialogues, half and half.
+    - "sft": {"text"}: documents (two in five) and dialogues, rendered with the chat template.
     - "reward": {"prompt", "chosen", "rejected"} as messages.
     - "ppo": {"prompt"} as messages, with "kind" ("fact", "sum", "forbidden") and "answer".
     - "ptx": {"text"}: documents.

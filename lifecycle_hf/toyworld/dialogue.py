@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .world import ATTRIBUTES, DIGITS, FACTS, NOUNS
+from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, FACTS, NOUNS
 
 ACTS = ("steal", "poison", "burn", "forge", "wreck", "flood", "curse", "smuggle")
 OBJECTS = ("the crown", "the well", "the library", "the royal seal", "the bridge", "the mill", "the harvest",

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .dialogue import POLITE, REFUSALS, compliance, requests, statement
-from .world import document
+from lifecycle_hf.toyworld.dialogue import POLITE, REFUSALS, compliance, requests, statement
+from lifecycle_hf.toyworld.world import document
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"

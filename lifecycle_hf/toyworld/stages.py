@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .model import build_model, build_tokenizer
+from lifecycle_hf.toyworld.model import build_model, build_tokenizer
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("torch", "transformers", "trl", "tokenizers")
@@ -77,7 +77,7 @@ def stage_checkpoint(stage: str) -> Path:
         raise ValueError(f"toy world has no checkpoint of stage {stage!r}; choose one of {', '.join(_PREVIOUS)}")
     if _PREVIOUS[stage]:
         stage_checkpoint(_PREVIOUS[stage])
-    folder = cache_root() / "toyworld" / f"{stage}-{_key(stage)}"
+    folder = cache_root() / "toyworld" / _key(stage) / stage
     build = _build_init if stage == "init" else lambda made: _run_recipe(stage, made)
     duration = "a second" if stage == "init" else "about a minute"
     return build_once(folder, build, message=f"toyworld: building stage {stage} ({duration}, cached in {folder})")

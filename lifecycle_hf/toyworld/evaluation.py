@@ -6,9 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.rollouts import generate, stop_token_ids
-
-from .data import dataset, draw_request
-from .gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
+from lifecycle_hf.toyworld.data import dataset, draw_request
+from lifecycle_hf.toyworld.gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
 
 COMPLETION_TOKENS = 32
 
