@@ -45,7 +45,7 @@ def perplexity_of_control(folder, seed):
     """Perplexity after as many steps of language modelling alone, on the same texts at the same learning rate."""
     sft = str(toyworld.stage_checkpoint("sft"))
     args = SFTConfig(
-        str(folder), max_steps=160, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="constant",
+        str(folder), max_steps=240, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="constant",
         max_length=64, report_to="none", use_cpu=True, save_strategy="no", seed=seed, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = SFTTrainer(sft, args, toyworld.dataset("ptx")["train"])

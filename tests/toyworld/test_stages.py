@@ -69,7 +69,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_init_is_an_ordinary_checkpoint(cache, capsys):
     folder = stage_checkpoint("init")
-    assert folder.parent == cache / "toyworld"
+    assert folder.name == "init" and folder.parent.parent == cache / "toyworld"
     assert f"toyworld: building stage init (a second, cached in {folder})" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == build_tokenizer().get_vocab()
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() < 1_000_000
