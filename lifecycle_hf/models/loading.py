@@ -112,6 +112,13 @@ def _load(task: str, name: str, quantization_config, init_kwargs: dict, is_train
         raise ValueError(
             f"the adapter {name} does not name its base model: set base_model_name_or_path in its config."
         )
+    trained_as = getattr(config.task_type, "value", config.task_type)
+    if trained_as in _AUTO and trained_as != task:
+        wanted = {"CAUSAL_LM": "language model", "SEQ_CLS": "reward model"}
+        raise ValueError(
+            f"{name} is an adapter of a {wanted[trained_as]}, but a {wanted[task]} is needed here. Merge it into its "
+            "base first (the recipes' --merge writes it to OUTPUT_DIR/merged) and start from the merged model."
+        )
     base = _load_plain(task, config.base_model_name_or_path, quantization_config, init_kwargs, fresh_head=True)
     return load_adapter(base, name, is_trainable=is_trainable)
 

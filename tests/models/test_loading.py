@@ -249,6 +249,13 @@ def test_adapter_without_base_name(base_path, tmp_path):
         load_causal_lm(adapter)
 
 
+def test_adapter_of_a_language_model_is_no_start_for_a_reward_model(base_path, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_causal_lm(str(base_path)), lora).save_pretrained(tmp_path / "sft")
+    with pytest.raises(ValueError, match="adapter of a language model, but a reward model is needed.*--merge"):
+        load_classifier(str(tmp_path / "sft"))
+
+
 def test_lora_is_the_base_at_step_0_and_merges_exactly(base_path, tmp_path):
     base = load_causal_lm(base_path)
     expected = logits(base)
