@@ -34,13 +34,12 @@ class Samples:
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> list[list[int]]:
-        """Finished conversations as a reward model reads them, cut on the left to `max_length` tokens."""
-        rows = [
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Finished conversations as a reward model reads them."""
+        return [
             encode_complete(tokenizer, _continued(prompt, completion))
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
         ]
-        return [row[-max_length:] if max_length else row for row in rows]
 
 
 def _continued(prompt, completion):
@@ -60,6 +59,11 @@ class CallableReward:
         self.function = function
         self.name = get_callable_name(function)
         parameters = inspect.signature(function).parameters
+        named = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        self.required = {n for n in named if parameters[n].default is inspect.Parameter.empty} - {
+            "prompts",
+            "completions",
+        }
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._names = set(parameters)
 

@@ -42,7 +42,8 @@ class PPOArguments(cli.RecipeArguments):
 def make_monitor(trainer, script_args, texts, every):
     """Measures reward and KL on held-out prompts, capability, and the toyworld's truth."""
     toy = script_args.dataset_name == "toyworld"
-    capability = TOYWORLD if toy else {"perplexity": False} if texts and "text" in texts.column_names else {}
+    readable = texts is not None and {"text", "messages"}.intersection(texts.column_names)
+    capability = TOYWORLD if toy else {"perplexity": False} if readable else {}
 
     def metrics(model, tokenizer):
         evaluation, values = trainer.evaluate(), {}
@@ -51,7 +52,10 @@ def make_monitor(trainer, script_args, texts, every):
 
             values = toyworld.measure(model, tokenizer, n=script_args.measure_rows, seed=0)
         elif capability:
-            values = {"perplexity": perplexity(model, tokenizer, texts["text"][: script_args.measure_rows])}
+            rows = texts.select(range(min(len(texts), script_args.measure_rows)))
+            chats = rows["messages"] if "messages" in rows.column_names else []
+            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] or list(rows["text"])
+            values = {"perplexity": perplexity(model, tokenizer, rendered)}
         return {"proxy_reward": evaluation["eval_score"], **values, "kl": evaluation["eval_kl"]}
 
     return TaxMonitor(metrics, every, {"proxy_reward": True, **capability, "kl": False}).attach(trainer)
@@ -67,14 +71,15 @@ def main(script_args, args, model_args):
         reward_funcs=[cli.resolve_reward(name) for name in script_args.reward_funcs],
         args=args,
         train_dataset=train,
-        eval_dataset=test.select(range(min(len(test), script_args.measure_rows))),
+        eval_dataset=test.select(range(min(len(test), script_args.measure_rows))) if test else None,
         ptx_dataset=texts[0],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
         model_init_kwargs=cli.model_init_kwargs(model_args),
     )
     trainer.dataset_name = script_args.dataset_name
-    if every := script_args.measure_updates * args.steps_per_update:
+    every = script_args.measure_updates * args.steps_per_update
+    if every and test:
         make_monitor(trainer, script_args, texts[1], every)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     report = trainer.tax_report

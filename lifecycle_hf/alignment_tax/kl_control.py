@@ -26,7 +26,9 @@ class FixedKL:
 
 
 class AdaptiveKL(FixedKL):
-    """Steers the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon).
+    """Steers the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)).
+
+    An update of more sequences than the horizon counts as one of `horizon`, so that β stays above 0.
 
     Args:
         kl_coef: β at the start, above 0 (0 would stay 0).
@@ -45,7 +47,7 @@ class AdaptiveKL(FixedKL):
 
     def update(self, kl: float, n: int) -> None:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * n / self.horizon
+        self.kl_coef *= 1 + error * min(n / self.horizon, 1)
 
 
 class ExponentialKL(FixedKL):

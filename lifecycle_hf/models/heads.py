@@ -84,7 +84,9 @@ class RewardModel(nn.Module):
         backbone = getattr(base, base.base_model_prefix)
         mask = length_mask(lengths.to(input_ids.device), input_ids.shape[1])
         output = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
-        raw = base.score(last_token_hidden(output.last_hidden_state, lengths)).squeeze(-1)
+        hidden = last_token_hidden(output.last_hidden_state, lengths)
+        with torch.autocast(hidden.device.type, enabled=False):  # a score rounded to bf16 has two digits
+            raw = base.score(hidden.to(next(base.score.parameters()).dtype)).squeeze(-1)
         return raw.float() - getattr(base.config, "reward_center", 0.0)
 
     def score(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:

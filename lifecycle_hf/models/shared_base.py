@@ -62,9 +62,10 @@ class SharedBase:
         self._set_flags()
 
     def _set_flags(self) -> None:
-        suffixes = tuple(f".{role}." for role in self.trainable)
+        adapters = (self.model.base_model.prefix, "modules_to_save")  # a base's own layer may be called "value"
         for name, parameter in self.model.named_parameters():
-            on = any(suffix in f"{name}." for suffix in suffixes)
+            adapter = any(part in name for part in adapters)
+            on = adapter and any(f".{role}." in f"{name}." for role in self.trainable)
             if parameter.requires_grad != on:
                 parameter.requires_grad_(on)
 

@@ -59,17 +59,13 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *,
     return rewards.scatter_add(1, (lengths - 1)[:, None], scores.to(rewards.dtype)[:, None])
 
 
-def discounted_returns(
-    rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 1.0, bootstrap_values: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Discounted sum of the rewards from each token on: G_t = Σ_{l≥0} γ^l r_{t+l} (+ γ^{T−t} V_{T+1} where given).
+def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 1.0) -> torch.Tensor:
+    """Discounted sum of the rewards from each token on: G_t = Σ_{l≥0} γ^l r_{t+l}.
 
     Shapes as in [`generalized_advantage_estimate`]. It is REINFORCE's return (Williams 1992).
     """
     zeros = torch.zeros_like(rewards)
-    returns, _ = generalized_advantage_estimate(
-        rewards, zeros, mask, gamma=gamma, lam=1.0, bootstrap_values=bootstrap_values
-    )
+    returns, _ = generalized_advantage_estimate(rewards, zeros, mask, gamma=gamma, lam=1.0)
     return returns
 
 

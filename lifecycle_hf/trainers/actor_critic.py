@@ -30,7 +30,8 @@ class SharedReward(nn.Module):
         self.center = center
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden.float(), self.weight.float()).squeeze(-1) - self.center
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float()).squeeze(-1) - self.center
 
 
 class ActorCritic(nn.Module):

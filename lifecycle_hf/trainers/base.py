@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.trainers.callbacks import PREFIX
 from lifecycle_hf.trainers.model_card import write_model_card
 
 CARD_OPTIONS = (
@@ -92,6 +93,8 @@ class LifecycleTrainerMixin:
         self.stateful_per_rank: dict[str, Stateful] = {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if all(key.startswith(PREFIX) for key in logs):  # a TaxMonitor's line, in between the others
+            return super().log(logs, start_time)
         evaluation = any(key.startswith("eval_") for key in logs)
         means = self.metrics["eval" if evaluation else "train"].reduce(self.accelerator)
         logs.update({f"eval_{name}" if evaluation else name: value for name, value in means.items()})

@@ -18,7 +18,13 @@ from lifecycle_hf.trainers.base import LifecycleTrainerMixin
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
-from lifecycle_hf.trainers.ppo_setup import Builder, check_room, prepare_pretraining, prepare_prompts
+from lifecycle_hf.trainers.ppo_setup import (
+    Builder,
+    check_reward_columns,
+    check_room,
+    prepare_pretraining,
+    prepare_prompts,
+)
 from lifecycle_hf.trainers.rollout_buffer import PretrainingRows, RolloutBuffer, RolloutSampler
 
 
@@ -101,6 +107,11 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "PPOTrainer does not run on FSDP yet: its decoding needs the whole policy. Use DDP or ZeRO."
+            )
+        check_reward_columns(parts.rewards, self.train_dataset.column_names)
         self._init_lifecycle()
         self.ptx_rows = None if texts is None else self._pretraining_rows(texts)
         self._texts, self._step_totals = [], None
@@ -153,7 +164,7 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
         optimizer = super().create_optimizer(model)
         if fresh and self.args.value_learning_rate is not None:
             names = (self.model if model is None else model).named_parameters()
-            value = {id(p) for n, p in names if n.startswith(("value_model.", "value_head.")) or ".value." in n}
+            value = {id(p) for n, p in names if _is_value(n, self.model.shared is not None)}
             groups = []
             for group in optimizer.param_groups:
                 for is_value, rate in ((False, group["lr"]), (True, self.args.value_learning_rate)):
@@ -277,6 +288,12 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
             save_adapter_notes(actor_critic.policy, folder)
         self.processing_class.save_pretrained(folder)
 
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.accelerator.unwrap_model(self.model).load_pretrained(resume_from_checkpoint)
 
@@ -284,3 +301,8 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_extra_state(checkpoint)
+
+
+def _is_value(name: str, shared: bool) -> bool:
+    """Whether a parameter of an ActorCritic belongs to the value function."""
+    return "value_model." in name or "value_head." in name or (shared and ".value." in name)

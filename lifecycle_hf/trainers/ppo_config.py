@@ -32,6 +32,7 @@ class PPOConfig(TrainingArguments):
     logging_steps: float = option(10, "Log every X optimizer steps, or this share of all steps if below 1.")
     bf16: bool | None = option(None, "bf16 autocast; by default on where a GPU supports it, and off on CPU.")
     remove_unused_columns: bool | None = option(False, "Keep False: reward functions get the dataset's columns.")
+    trust_remote_code: bool = option(False, "Run model code from the Hub; only for repositories that you trust.")
     disable_dropout: bool = option(
         True, "Switch dropout off in policy and value function, so that the ratio is 1 before the first step."
     )
@@ -115,6 +116,8 @@ class PPOConfig(TrainingArguments):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would take the prompts away: leave it False.")
         if self.bootstrap_truncated and self.advantage_estimator == "reinforce":
             raise ValueError("bootstrap_truncated needs a value function: advantage_estimator='gae', or turn it off.")
 

@@ -20,7 +20,7 @@ from lifecycle_hf.rollouts import generate
 from lifecycle_hf.scoring import Completions
 from lifecycle_hf.trainers.base import MetricAccumulator
 
-RESERVED = ("prompt", "prompt_ids", "completion", "chosen", "rejected")
+RESERVED = ("prompt", "prompt_ids", "prompts", "completions")
 
 
 class RolloutMaker:
@@ -136,16 +136,18 @@ class RolloutMaker:
         return raw
 
     def _shape(self, raw: dict[str, torch.Tensor], ended: torch.Tensor, training: bool) -> torch.Tensor:
-        """Σ weights × raw scores, normalised, clipped, minus the penalty for a missing stop token: [N]."""
+        """Σ weights × raw scores, in training normalised and clipped, minus the penalty for a missing stop token: [N].
+
+        An evaluation leaves the scale as it is, so that what it says before and after a run can be compared.
+        """
         args = self.args
         weights = args.reward_weights or [1.0] * len(raw)
         score = sum(weight * values for weight, values in zip(weights, raw.values(), strict=True))
-        if args.reward_normalization != "none":
+        if training and args.reward_normalization != "none":
             moments = self.reward_moments if args.reward_normalization == "running" else RunningMoments()
-            if training or args.reward_normalization == "batch":
-                moments.update(self.accelerator.gather(score.to(args.device)).cpu())
+            moments.update(self.accelerator.gather(score.to(args.device)).cpu())
             score = (score - moments.mean) / moments.std
-        if args.reward_clip is not None:
+        if training and args.reward_clip is not None:
             score = score.clamp(-args.reward_clip, args.reward_clip)
         return score - (args.missing_eos_penalty or 0.0) * ~ended
 

@@ -33,6 +33,7 @@ from lifecycle_hf.rewards import CallableReward
 from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward, backbone
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
+ROLES = ("base", "policy", "value", "reference", "default")
 RewardFunc = str | PreTrainedModel | RewardModel | Callable[..., list[float]]
 
 
@@ -52,21 +53,23 @@ class Parts:
     actor_critic: ActorCritic
     tokenizer: PreTrainedTokenizerBase
     rewards: list[RewardSource]
-    policy_name: str
 
 
 class Builder:
     """Builds [`Parts`] from the arguments of [`PPOTrainer`]; see there for what each may be."""
 
     def __init__(self, args: PPOConfig, quantization_config=None, init_kwargs: dict | None = None):
-        self.args, self.quantization_config, self.init_kwargs = args, quantization_config, init_kwargs or {}
+        self.args, self.quantization_config = args, quantization_config
+        self.policy_kwargs = {**(init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
+        # A revision names a commit of the policy's repository and of no other.
+        self.init_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "revision"}
 
     def build(
         self, model, reward_funcs, reward_processing_classes, processing_class, peft_config, value_model, ref_model
     ) -> Parts:
         name = model if isinstance(model, str) else model.config._name_or_path
         if processing_class is None:
-            processing_class = load_tokenizer(name)
+            processing_class = load_tokenizer(name, trust_remote_code=self.args.trust_remote_code)
         policy, starts_from_adapter = self._policy(model, peft_config)
         require_eos(processing_class, "processing_class")
         check_pad_token(processing_class, policy)
@@ -78,7 +81,7 @@ class Builder:
         reference_role, reference = self._reference(model, ref_model, policy, shared, starts_from_adapter)
         value = None
         if critic and shared is None:
-            value = self._value_model(value_model, model, policy, reward_models)
+            value = self._value_model(value_model, model, policy, reward_models, processing_class)
         elif critic:
             self._add_value_role(shared, peft_config, reward_models)
         actor_critic = ActorCritic(
@@ -94,14 +97,20 @@ class Builder:
             self._start_value_head(actor_critic, value_model)
         if self.args.disable_dropout:
             disable_dropout(actor_critic)
-        return Parts(actor_critic, processing_class, sources, name)
+        return Parts(actor_critic, processing_class, sources)
 
     def _policy(self, model, peft_config: PeftConfig | None) -> tuple[PreTrainedModel | PeftModel, bool]:
         """The policy, and whether it starts from an adapter that was trained before."""
         policy = load_causal_lm(
-            model, quantization_config=self.quantization_config, init_kwargs=self.init_kwargs, is_trainable=True
+            model, quantization_config=self.quantization_config, init_kwargs=self.policy_kwargs, is_trainable=True
         )
         if isinstance(policy, PeftModel):
+            if peft_config is not None:
+                warnings.warn(
+                    "The model is an adapter already and trains on as it is: peft_config shapes the value "
+                    "adapter only.",
+                    stacklevel=4,
+                )
             return policy, True
         if peft_config is None:
             if getattr(policy, "is_quantized", False):
@@ -120,7 +129,7 @@ class Builder:
             return None, load_causal_lm(ref_model, init_kwargs=self.init_kwargs).eval()
         if shared is None:
             if isinstance(model, str):
-                return None, load_causal_lm(model, init_kwargs=self.init_kwargs).eval()
+                return None, load_causal_lm(model, init_kwargs=self.policy_kwargs).eval()
             return None, frozen_copy(policy)
         if starts_from_adapter:
             shared.copy_role("reference", shared.policy)
@@ -143,6 +152,7 @@ class Builder:
                 sources.append(RewardSource(_unique(source.name, sources), function=source))
             else:
                 base = "reward" if not isinstance(func, str) else Path(func).name
+                base = f"reward_{base}" if base in ROLES else base
                 name = _unique(re.sub(r"\W", "_", base), sources)
                 models[name], cls = self._reward_model(func, cls, tokenizer, shared, policy_name, name)
                 sources.append(RewardSource(name, tokenizer=cls))
@@ -150,7 +160,8 @@ class Builder:
 
     def _reward_model(self, func, cls, tokenizer, shared, policy_name, name):
         if isinstance(func, str) and shared is not None and _same_base(func, shared):
-            return _shared_reward(func, shared, name), cls or load_tokenizer(func)
+            tokenizer = cls or load_tokenizer(func, trust_remote_code=self.args.trust_remote_code)
+            return _shared_reward(func, shared, name), tokenizer
         if not isinstance(func, str) and cls is None and not isinstance(func, RewardModel):
             rows, ours = func.config.get_text_config().vocab_size, len(tokenizer)
             if rows < ours or func.config._name_or_path not in ("", policy_name):
@@ -162,7 +173,7 @@ class Builder:
         model = load_reward_model(func, cls, init_kwargs=self.init_kwargs)
         return model, model.tokenizer
 
-    def _value_model(self, value_model, model, policy, reward_models) -> PreTrainedModel:
+    def _value_model(self, value_model, model, policy, reward_models, tokenizer) -> PreTrainedModel:
         if isinstance(value_model, str):
             return load_classifier(value_model, init_kwargs=self.init_kwargs)
         if value_model is not None:
@@ -170,10 +181,11 @@ class Builder:
                 raise ValueError("value_model must be an AutoModelForSequenceClassification with num_labels=1.")
             return value_model
         for reward in reward_models.values():
-            if isinstance(reward, RewardModel) and not isinstance(reward.model, PeftModel):
-                source = reward.config._name_or_path
-                again = bool(source)
-                value = load_classifier(source, init_kwargs=self.init_kwargs) if again else copy.deepcopy(reward.model)
+            alike = isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+            if alike and not isinstance(reward.model, PeftModel):
+                sharded = any(hasattr(p, "ds_id") for p in reward.model.parameters())
+                name = reward.config._name_or_path
+                value = load_classifier(name, init_kwargs=self.init_kwargs) if sharded else copy.deepcopy(reward.model)
                 return value.requires_grad_(True)
         if isinstance(model, str):
             value = load_classifier(model, init_kwargs=self.init_kwargs)
@@ -255,6 +267,17 @@ def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) ->
     )
 
 
+def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> None:
+    """Raises a ValueError where a reward callable needs a column that the dataset does not have."""
+    for source in sources:
+        missing = source.function.required.difference(columns) if source.function else set()
+        if missing:
+            raise ValueError(
+                f"The reward function {source.name!r} needs {sorted(missing)}, and train_dataset has the columns "
+                f"{columns}: add them, or give the parameters defaults."
+            )
+
+
 def prepare_pretraining(dataset: Dataset | None, tokenizer, args: PPOConfig) -> Dataset | None:
     """Tokenised pretraining rows with something to predict after their first token.
 
@@ -288,3 +311,4 @@ def check_room(model: nn.Module, args: PPOConfig) -> None:
         )
     if room is not None and (args.max_prompt_length or room) + args.max_completion_length > room:
         args.max_prompt_length = room - args.max_completion_length
+    args.ptx_max_length = min(args.ptx_max_length, room or args.ptx_max_length)

@@ -21,6 +21,12 @@ def test_adaptive_by_hand():
     assert control.kl_coef == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
 
 
+def test_adaptive_never_turns_negative_however_large_the_update():
+    control = AdaptiveKL(0.1, target=6.0, horizon=64)
+    control.update(0.0, 64 * 100)
+    assert control.kl_coef == pytest.approx(0.1 * 0.8)
+
+
 def test_exponential_by_hand_and_clamped():
     control = ExponentialKL(0.1, rate=0.2, maximum=0.5)
     control.update(5.0, 1)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -336,3 +337,37 @@ def test_evaluation_reports_the_metrics_of_a_rollout(tiny_llama, tmp_path):
     metrics = run.evaluate()
     assert metrics["eval_kl"] == 0.0 and metrics["eval_score"] == metrics["eval_reward/count_e"]
     assert run.buffer.exhausted and run.kl_control.kl_coef == 0.05
+
+
+def test_best_checkpoint_is_what_is_left_in_the_model(tiny_llama, tmp_path):
+    run = trainer(
+        tiny_llama, tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, max_steps=3,
+        per_device_eval_batch_size=4, load_best_model_at_end=True, metric_for_best_model="kl", greater_is_better=False,
+        learning_rate=1e-2, trainer_options={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
+    )  # fmt: skip
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
+    for name, tensor in best.state_dict().items():
+        close(run.model.policy.state_dict()[name], tensor)
+
+
+def test_evaluation_keeps_the_scale_of_the_rewards(tiny_llama, tmp_path):
+    run = trainer(tiny_llama, tmp_path, reward_normalization="running", reward_clip=0.1)
+    raw, ended = {"r": torch.tensor([3.0, 5.0])}, torch.ones(2, dtype=torch.bool)
+    close(run.rollouts._shape(raw, ended, training=False), raw["r"])
+    assert run.rollouts.reward_moments.count == 0
+
+
+def test_value_model_is_no_copy_of_a_reward_model_with_another_vocabulary(tiny_llama, tmp_path):
+    make_model, tokenizer = tiny_llama
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|more|>"])
+    reward = LlamaForSequenceClassification(make_model(vocab_size=len(other)).config)
+    reward.config.num_labels = 1
+    reward.score = torch.nn.Linear(32, 1, bias=False)
+    run = trainer(
+        tiny_llama, tmp_path, reward_funcs=reward, trainer_options={"reward_processing_classes": other}, max_steps=1
+    )
+    assert run.model.value_model.config.vocab_size == len(tokenizer)
+    assert run.model.value_model.score.weight.abs().sum() == 0
+    run.train()

@@ -137,3 +137,11 @@ def test_value_model_that_is_none(tiny_llama, tmp_path):
 def test_options_are_named(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options)) if len(options) == 1 else "bootstrap_truncated"):
         config(tmp_path, **options)
+
+
+def test_reward_function_that_needs_an_absent_column(tiny_llama, tmp_path):
+    def graded(prompts, completions, answer):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ValueError, match=r"'graded' needs \['answer'\], and train_dataset has the columns"):
+        trainer(tiny_llama, tmp_path, reward_funcs=graded)
