@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from lifecycle_hf.models.heads import RewardModel
@@ -312,9 +312,13 @@ def save_adapter_notes(model: PeftModel, output_dir: str | Path) -> None:
 
 
 def read_adapter_notes(path: str) -> dict:
-    """What `save_adapter_notes` wrote, or an empty dict."""
-    notes = Path(path) / ADAPTER_NOTES
-    return json.loads(notes.read_text()) if notes.is_file() else {}
+    """What `save_adapter_notes` wrote beside an adapter, local or on the Hub; an empty dict where nothing was."""
+    missing_is_none = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    notes = cached_file(path, ADAPTER_NOTES, **missing_is_none)
+    return json.loads(Path(notes).read_text()) if notes else {}
 
 
 def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> PreTrainedModel:
