@@ -123,9 +123,11 @@ class RolloutMaker:
                 continue
             ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
             for i in range(0, len(ids), size):
-                # A reward model reads the lengths of whole sequences only, so where the prompt ends plays no part.
-                parts = [(row[:1], row[1:]) for row in ids[i : i + size]]
-                scores.append(self._run(self._batch(*map(list, zip(*parts, strict=True))), key)[key].float().cpu())
+                # A reward model reads the lengths of whole sequences only: where the prompt ends plays no part, nor
+                # which token pads, but that its vocabulary has it.
+                heads, tails = [row[:1] for row in ids[i : i + size]], [row[1:] for row in ids[i : i + size]]
+                batch = Completions.from_lists(heads, tails, 0, self.args.device)
+                scores.append(self._run(batch, key)[key].float().cpu())
             raw[source.name] = torch.cat(scores)
             bad = (~raw[source.name].isfinite()).nonzero()
             if len(bad):

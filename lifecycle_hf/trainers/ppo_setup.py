@@ -3,7 +3,6 @@
 import copy
 import re
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedRe
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
 ROLES = ("base", "policy", "value", "reference", "default")
-RewardFunc = str | PreTrainedModel | RewardModel | Callable[..., list[float]]
 
 
 @dataclass
@@ -188,7 +186,7 @@ class Builder:
                 value = load_classifier(name, init_kwargs=self.init_kwargs) if sharded else copy.deepcopy(reward.model)
                 return value.requires_grad_(True)
         if isinstance(model, str):
-            value = load_classifier(model, init_kwargs=self.init_kwargs)
+            value = load_classifier(model, init_kwargs=self.policy_kwargs)
         else:
             config = copy.deepcopy(policy.config)
             config.num_labels = 1

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lifecycle_hf.data.collators import length_mask
 from lifecycle_hf.models.loading import load_reward_model
+from lifecycle_hf.rewards import Samples
 from lifecycle_hf.trainers.ppo import PPOTrainer
 
 close = torch.testing.assert_close
@@ -371,3 +372,22 @@ def test_value_model_is_no_copy_of_a_reward_model_with_another_vocabulary(tiny_l
     assert run.model.value_model.config.vocab_size == len(tokenizer)
     assert run.model.value_model.score.weight.abs().sum() == 0
     run.train()
+
+
+def test_reward_models_vocabulary_need_not_hold_the_policys_pad_token(tiny_llama, tmp_path):
+    make_model, tokenizer = tiny_llama
+    policys = copy.deepcopy(tokenizer)
+    policys.pad_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    samples = Samples(["hello", "Tell me"], ["a", "bcd"])
+    rows = samples.encode(tokenizer)
+    reward = LlamaForSequenceClassification(make_model(vocab_size=max(map(max, rows)) + 1).config)
+    reward.config.num_labels = 1
+    reward.score = torch.nn.Linear(32, 1, bias=False)
+    assert reward.config.vocab_size <= policys.pad_token_id
+    run = trainer(
+        (make_model, policys), tmp_path, reward_funcs=reward, trainer_options={"reward_processing_classes": tokenizer}
+    )
+    with torch.no_grad():
+        (scores,) = run.rollouts._raw_scores(samples, size=2).values()
+        alone = [reward.score(reward.model(torch.tensor([row])).last_hidden_state[0, -1]) for row in rows]
+    close(scores, torch.cat(alone))

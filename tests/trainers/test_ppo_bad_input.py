@@ -35,10 +35,7 @@ def test_bad_rows_are_dropped_with_a_count_or_refused(tiny_llama, tmp_path):
     data = Dataset.from_dict({"prompt": ["hello", "", "Please"]})
     with pytest.warns(UserWarning, match=r"1 of 3 rows.*the first is row 1"):
         run = trainer(tiny_llama, tmp_path, dataset=data)
-    assert run.train_dataset["prompt"] == ["hello", "Please"] or list(run.train_dataset["prompt"]) == [
-        "hello",
-        "Please",
-    ]
+    assert list(run.train_dataset["prompt"]) == ["hello", "Please"]
     with pytest.raises(ValueError, match="row 1.*strict_data"):
         trainer(tiny_llama, tmp_path, dataset=data, strict_data=True)
 
