@@ -18,6 +18,10 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import ScriptArguments, TrlParser
 
+from lifecycle_hf.alignment_tax.metrics import perplexity
+from lifecycle_hf.alignment_tax.report import plot_history
+from lifecycle_hf.trainers.callbacks import TaxMonitor
+
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_SEED = 0.05, 500, 0
 EPILOG = "A boolean that is true by default is turned off by --no_NAME or --NAME false."
@@ -43,6 +47,19 @@ class RecipeArguments(ScriptArguments):
     merge: bool = field(
         default=False,
         metadata={"help": "Also write the adapter merged into its base model, ready to deploy, to OUTPUT_DIR/merged."},
+    )
+
+
+@dataclass
+class MeasuredArguments(RecipeArguments):
+    """Data of the run, what is measured on the way, and what is done with the trained model."""
+
+    measure_steps: int = field(
+        default=0, metadata={"help": "Measure what alignment costs every X optimizer steps beside both ends; 0: ends."}
+    )
+    measure_rows: int = field(default=128, metadata={"help": "Held-out prompts, pairs and texts per measurement."})
+    text_dataset_name: str | None = field(
+        default=None, metadata={"help": "Text or chat data whose held-out part measures perplexity."}
     )
 
 
@@ -256,6 +273,62 @@ def model_init_kwargs(model_args) -> dict:
         "attn_implementation": model_args.attn_implementation,
     }
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+TOYWORLD = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
+
+
+def load_texts(script_args) -> Dataset | None:
+    """The held-out part of `text_dataset_name`, or None."""
+    if not script_args.text_dataset_name:
+        return None
+    return load_splits(RecipeArguments(dataset_name=script_args.text_dataset_name), "ptx")[1]
+
+
+def held_out(dataset, rows):
+    """The first `rows` rows of a held-out split, or None where there is none."""
+    return None if dataset is None else dataset.select(range(min(len(dataset), rows)))
+
+
+def monitor_tax(trainer, script_args, every, evaluated, texts=None):
+    """Attach a TaxMonitor: `trainer.evaluate()`, and the toyworld's truth or perplexity on held-out `texts`.
+
+    Args:
+        every: optimizer steps between measurements; None measures both ends only.
+        evaluated: {row of the table: (metric of `evaluate`, whether more is better)}.
+    """
+    toy = script_args.dataset_name == "toyworld"
+    readable = texts is not None and {"text", "messages"}.intersection(texts.column_names)
+    capability = TOYWORLD if toy else {"perplexity": False} if readable else {}
+
+    def metrics(model, tokenizer):
+        evaluation, values = trainer.evaluate(), {}
+        if toy:
+            from lifecycle_hf import toyworld
+
+            values = toyworld.measure(model, tokenizer, n=script_args.measure_rows, seed=0)
+        elif capability:
+            rows = held_out(texts, script_args.measure_rows)
+            chats = rows["messages"] if "messages" in rows.column_names else []
+            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] or list(rows["text"])
+            values = {"perplexity": perplexity(model, tokenizer, rendered)}
+        return {row: evaluation[metric] for row, (metric, _) in evaluated.items()} | values
+
+    better = {row: higher for row, (_, higher) in evaluated.items()} | capability
+    return TaxMonitor(metrics, every, better).attach(trainer)
+
+
+def train_and_report(trainer, script_args, model_args):
+    """Train (or resume), draw what was measured on the way, keep everything and print the closing table."""
+    trainer.dataset_name = script_args.dataset_name
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    report = trainer.tax_report
+    if report and trainer.is_world_process_zero():
+        plot_history(trainer.state.log_history, Path(trainer.args.output_dir) / "training.png")
+    finish(trainer, script_args, model_args, report.to_json() if report else {})
+    if report:
+        trainer.accelerator.print(report.to_terminal())
+    trainer.accelerator.print(f"Model, report.json and pictures are in {trainer.args.output_dir}")
 
 
 def finish(trainer, script_args, model_args, report):

@@ -1,16 +1,32 @@
 """Completions in, per-token log-probs out: the one home of scoring.
 
 Everything is in completion coordinates, [batch B, completion tokens T]: column t belongs to the t-th token of the
-completion and is read from the position *before* it.
+completion and is read from the position *before* it. A prompt with several completions is encoded once, nothing is
+padded, and the LM head sees the completions' positions only, in chunks whose logits the backward pass makes anew.
+A model that can't be packed, or whose head does more than is known here, is found by a probe at its first call and
+takes the padded path or its own forward, with the same numbers.
 """
 
-import inspect
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
+from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
+
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+"""Entries of the logits that exist at a time."""
+PROBE_PROMPT, PROBE_COMPLETIONS = 12, (7, 5)
+PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+PROBE_TOLERANCE_HALF = 0.05
+_traits: WeakKeyDictionary[nn.Module, dict[Callable, bool]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -20,28 +36,43 @@ class Completions:
     Attributes:
         input_ids: [B, L], prompt then completion then padding.
         prompt_lengths, completion_lengths: [B].
+        groups: [B]; rows of one number have the same prompt, which is encoded once. By default each has its own.
     """
 
     input_ids: torch.Tensor
     prompt_lengths: torch.Tensor
     completion_lengths: torch.Tensor
+    groups: torch.Tensor | None = None
 
     @classmethod
-    def from_lists(cls, prompts: list[list[int]], completions: list[list[int]], pad_token_id: int, device=None):
+    def from_lists(
+        cls,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        pad_token_id: int,
+        device=None,
+        groups: list[int] | None = None,
+    ):
         """Pads token lists.
 
         Raises:
-            ValueError: if a prompt or a completion is empty, naming the row.
+            ValueError: if a prompt or a completion is empty, or two rows of a group have different prompts, naming the
+                row.
         """
         for name, rows in (("prompt", prompts), ("completion", completions)):
             empty = [i for i, row in enumerate(rows) if not row]
             if empty:
                 raise ValueError(f"Row {empty[0]} has an empty {name}: every {name} needs at least one token.")
+        first = dict(zip(reversed(groups or []), reversed(prompts)))
+        odd = [i for i, group in enumerate(groups or []) if prompts[i] != first[group]]
+        if odd:
+            raise ValueError(f"Row {odd[0]} is in group {groups[odd[0]]}, whose first row has another prompt.")
         ids = [p + c for p, c in zip(prompts, completions, strict=True)]
         return cls(
             pad_sequences(ids, pad_token_id).to(device),
             torch.tensor([len(p) for p in prompts], device=device),
             torch.tensor([len(c) for c in completions], device=device),
+            None if groups is None else torch.tensor(groups, device=device),
         )
 
     @property
@@ -49,10 +80,16 @@ class Completions:
         """[B, L], 1 on prompt and completion."""
         return length_mask(self.prompt_lengths + self.completion_lengths, self.input_ids.shape[1]).long()
 
-    @property
+    @cached_property
     def mask(self) -> torch.Tensor:
         """[B, T], true on completion tokens."""
         return length_mask(self.completion_lengths, int(self.completion_lengths.max()))
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """The completions' tokens one after the other, [M]."""
+        rows = length_mask(self.prompt_lengths + self.completion_lengths, self.input_ids.shape[1])
+        return self.input_ids[rows & ~length_mask(self.prompt_lengths, self.input_ids.shape[1])]
 
     def positions(self, extra: int = 0) -> torch.Tensor:
         """[B, T + extra], the position each completion token is predicted from; padding points at the last token."""
@@ -60,8 +97,78 @@ class Completions:
         last = self.prompt_lengths + self.completion_lengths - 1
         return torch.minimum(self.prompt_lengths[:, None] - 1 + steps, last[:, None])
 
+    @cached_property
+    def packed(self) -> "Layout":
+        """How the batch stands in one row of trees: a prompt, then its completions."""
+        device, width = self.input_ids.device, self.input_ids.shape[1]
+        prompts, completions = self.prompt_lengths.tolist(), self.completion_lengths.tolist()
+        members: dict[int, list[int]] = {}
+        for row, group in enumerate(range(len(prompts)) if self.groups is None else self.groups.tolist()):
+            members.setdefault(group, []).append(row)
+        tokens, trees, at = [], [], 0
+        prompt_starts, starts = torch.zeros(2, len(prompts), dtype=torch.long)
+        for rows in members.values():
+            prompt = prompts[rows[0]]
+            tokens.append(torch.arange(prompt) + rows[0] * width)
+            prompt_starts[rows], at = at, at + prompt
+            for row in rows:
+                tokens.append(torch.arange(prompt, prompt + completions[row]) + row * width)
+                starts[row], at = at, at + completions[row]
+            trees.append((prompt, [completions[row] for row in rows]))
+        return Layout(
+            torch.cat(tokens).to(device), prompt_starts.to(device), starts.to(device), Segments(trees, device)
+        )
+
+    @cached_property
+    def padded(self) -> "Layout":
+        """How the batch stands in its rows, flattened."""
+        starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * self.input_ids.shape[1]
+        tokens = torch.arange(self.input_ids.numel(), device=self.input_ids.device)
+        return Layout(tokens, starts, starts + self.prompt_lengths)
+
+    @property
+    def leaders(self) -> torch.Tensor:
+        """[B], the first row that has the same prompt."""
+        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        return rows if self.groups is None else (self.groups[:, None] == self.groups).long().argmax(1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the batch consists of, by the names of the fields."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def to(self, device) -> "Completions":
-        return Completions(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Completions(**{name: part.to(device) for name, part in self.tensors().items()})
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a batch stand in what a model is given, [1, N] or [B, L], flattened.
+
+    Attributes:
+        tokens: [N], the places of the model's tokens in the flattened `input_ids` of the batch.
+        prompt_starts, completion_starts: [B], where each row's prompt and completion begin.
+        segments: the trees of a packed row.
+    """
+
+    tokens: torch.Tensor
+    prompt_starts: torch.Tensor
+    completion_starts: torch.Tensor
+    segments: Segments | None = None
+
+    def predictors(self, batch: Completions, extra: int = 0) -> torch.Tensor:
+        """[B, T + extra], the place each completion token is predicted from; padding points at the last token."""
+        steps = torch.arange(int(batch.completion_lengths.max()) + extra, device=self.tokens.device)
+        steps = torch.minimum(steps[None], batch.completion_lengths[:, None])
+        after_prompt = (self.prompt_starts + batch.prompt_lengths - 1)[:, None]
+        return torch.where(steps == 0, after_prompt, self.completion_starts[:, None] + steps - 1)
+
+
+class Scores(NamedTuple):
+    """What [`completion_logprobs`] returns."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    prompt_logprobs: torch.Tensor | None = None
 
 
 def token_logprobs(
@@ -78,39 +185,52 @@ def token_logprobs(
     Returns:
         (log-probs [...], entropies [...] or None).
     """
-    logits = logits.float() / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if temperature == 1.0 else logits / temperature
     log_normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, tokens[..., None])[..., 0] - log_normaliser
     if not entropy:
         return logprobs, None
-    return logprobs, log_normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+    table = logits - log_normaliser[..., None]  # first, lest rounding be multiplied by the size of the logits
+    return logprobs, -(table.exp() * table).sum(-1)
 
 
 def completion_logprobs(
-    model: nn.Module, batch: Completions, *, temperature: float = 1.0, entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of the completion tokens of `batch` under a causal LM, and on request the entropies.
+    model: nn.Module, batch: Completions, *, temperature: float = 1.0, entropy: bool = False, prompts: bool = False
+) -> Scores:
+    """Log-probs of the completion tokens of `batch` under a causal LM; on request entropies and those of the prompts.
 
-    log π(y_t | x, y_<t) at the temperature in force. The LM head is applied from the shortest prompt's end on, not to
-    the whole prompt, where the model's forward takes `logits_to_keep`.
+    log π(y_t | x, y_<t) at the temperature in force.
 
     Returns:
-        (log-probs [B, T], entropies [B, T] or None), fp32, nats, 0 on padding.
+        log-probs [B, T], entropies [B, T] (with `entropy`), Σ log π(x_t | x_<t) over the prompt's tokens but the first
+        [B] (with `prompts`): fp32, nats, 0 on padding.
     """
-    start, end = int(batch.prompt_lengths.min()) - 1, batch.input_ids.shape[1] - 1
-    kept = torch.arange(start, end, device=batch.input_ids.device)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if _takes_logits_to_keep(model):
-        logits = model(**inputs, logits_to_keep=kept).logits
-    else:
-        logits = model(**inputs).logits[:, start:end]
-    logprobs, entropies = token_logprobs(
-        logits, batch.input_ids[:, start + 1 :], temperature=temperature, entropy=entropy
+    base, mask = unwrapped(model), batch.mask
+    fused = _probed(base, _head_is_known)
+    layout, states = _run(base.base_model if fused else base, batch, "last_hidden_state" if fused else "logits")
+    places, tokens = (
+        layout.predictors(batch)[mask],
+        batch.input_ids.flatten()[batch.padded.predictors(batch)[mask] + 1],
     )
-    columns = (batch.positions() - start).clamp(max=end - start - 1)
-    mask = batch.mask
-    logprobs = torch.where(mask, logprobs.gather(1, columns), 0.0)
-    return logprobs, torch.where(mask, entropies.gather(1, columns), 0.0) if entropy else None
+    if prompts:
+        lead = torch.arange(len(mask), device=mask.device) == batch.leaders
+        inner = length_mask(batch.prompt_lengths - 1, batch.input_ids.shape[1]) & lead[:, None]
+        steps = torch.arange(inner.shape[1], device=mask.device)
+        places = torch.cat([places, (layout.prompt_starts[:, None] + steps)[inner]])
+        tokens = torch.cat([tokens, batch.input_ids.roll(-1, 1)[inner]])
+    read, vocab_size = _read_head(base) if fused else nn.Identity(), base.config.get_text_config().vocab_size
+    logprobs, entropies = _chunked(read, vocab_size, states[places], tokens, temperature, entropy)
+    n = int(mask.sum())
+
+    def spread(values):
+        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values[:n])
+
+    sums = None
+    if prompts:
+        rows = inner.nonzero()[:, 0]
+        sums = logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs[n:])[batch.leaders]
+    return Scores(spread(logprobs), spread(entropies) if entropy else None, sums)
 
 
 def completion_hidden_states(backbone: nn.Module, batch: Completions, *, extra: int = 0) -> torch.Tensor:
@@ -118,21 +238,126 @@ def completion_hidden_states(backbone: nn.Module, batch: Completions, *, extra: 
 
     With `extra=1` the last column that belongs to a row is the state after its last token, that of a bootstrap value.
     """
-    hidden = backbone(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    positions = batch.positions(extra)
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+    layout, states = _run(backbone, batch, "last_hidden_state")
+    return states[layout.predictors(batch, extra)]
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner = model
-    while True:
-        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-            return True
-        wrapped = getattr(inner, "module", None) or (
-            inner.get_base_model() if hasattr(inner, "get_base_model") else None
-        )
-        if wrapped is None or wrapped is inner:
-            return False
-        inner = wrapped
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without the wrapper of PEFT.
+
+    Raises:
+        ValueError: the adapter is a prompt-learning one, whose tokens the model would not see.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError("a prompt-learning adapter (prefix, prompt or p-tuning) can't be scored: use LoRA.")
+    return model.get_base_model()
+
+
+def _run(
+    module: nn.Module, batch: Completions, output: str, packed: bool | None = None
+) -> tuple[Layout, torch.Tensor]:
+    """The output of a model or backbone for every token, flattened to [N, ...], and where what stands in it."""
+    if packed is None:
+        packed = _probed(module.base_model, _can_be_packed)
+    if not packed:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return batch.padded, getattr(module(**inputs, use_cache=False), output).flatten(0, 1)
+    layout, segments = batch.packed, batch.packed.segments
+    inputs = {"input_ids": batch.input_ids.flatten()[layout.tokens][None], "position_ids": segments.position_ids}
+    outputs = module(**inputs, attention_mask=segments.dummy_mask, segments=segments, use_cache=False)
+    return layout, getattr(outputs, output).flatten(0, 1)
+
+
+def _probed(module: nn.Module, trait: Callable[[nn.Module], bool]) -> bool:
+    """Whether `module` has a trait, found out once with dropout off, without gradients and autocast."""
+    known = _traits.setdefault(module, {})
+    if trait in known:
+        return known[trait]
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), torch.autocast(next(module.parameters()).device.type, enabled=False):
+            found, why = trait(module), "its numbers would differ"
+    except Exception as error:  # whatever a model's code raises where it can't be used so
+        found, why = False, f"{type(error).__name__}: {str(error)[:100]}"
+    for part, mode in modes.items():
+        part.training = mode
+    known[trait] = found
+    if not found:
+        instead = "pads its batches" if trait is _can_be_packed else "builds whole logits"
+        warnings.warn(f"{type(module).__name__} {instead} in scoring, which is slower ({why}).", stacklevel=4)
+    return found
+
+
+def _can_be_packed(backbone: nn.Module) -> bool:
+    """Whether completions packed behind their prompt have the hidden states they have each by itself; if so it is set
+    up for it."""
+    batch = _probe_batch(backbone)
+    expected = _run(backbone, batch, "last_hidden_state", packed=False)
+    enable_packing(backbone.config)
+    try:
+        got = _run(backbone, batch, "last_hidden_state", packed=True)
+        same = _alike(*(states[layout.predictors(batch)] for layout, states in (got, expected)), backbone)
+    except Exception:
+        disable_packing(backbone.config)
+        raise
+    if not same:
+        disable_packing(backbone.config)
+    return same
+
+
+def _head_is_known(base: nn.Module) -> bool:
+    """Whether the logits are what [`_read_head`] makes of the last hidden states."""
+    batch = _probe_batch(base)
+    _, states = _run(base.base_model, batch, "last_hidden_state", packed=False)
+    return _alike(_read_head(base)(states), _run(base, batch, "logits", packed=False)[1], base)
+
+
+def _probe_batch(module: nn.Module) -> Completions:
+    """Two completions of one prompt, random tokens."""
+    embeddings = module.get_input_embeddings()
+    draw = torch.Generator().manual_seed(0)
+    prompt, *completions = (
+        torch.randint(embeddings.num_embeddings, (length,), generator=draw).tolist()
+        for length in (PROBE_PROMPT, *PROBE_COMPLETIONS)
+    )
+    return Completions.from_lists([prompt] * 2, completions, 0, next(module.parameters()).device, groups=[0, 0])
+
+
+def _alike(got: torch.Tensor, expected: torch.Tensor, module: nn.Module) -> bool:
+    """Equal up to the rounding of the dtype, relative to the largest entry."""
+    exact = not getattr(module, "is_quantized", False) and next(module.parameters()).dtype
+    tolerance = PROBE_TOLERANCE.get(exact, PROBE_TOLERANCE_HALF)
+    got, expected = got.double(), expected.double()
+    return bool((got - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hidden states to logits: the model's output embeddings, then the scaling that its config names."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def read(hidden):
+        logits = head(hidden)
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return read
+
+
+def _chunked(read, vocab_size: int, states: torch.Tensor, tokens: torch.Tensor, temperature: float, entropy: bool):
+    """`token_logprobs` of read(states) [M, V], of which one chunk at a time exists, in the backward pass too."""
+
+    def score(states, tokens):
+        return token_logprobs(read(states), tokens, temperature=temperature, entropy=entropy)
+
+    size = max(1, CHUNK_LOGITS.get(states.device.type, 2**26) // vocab_size)
+    parts = []
+    for part in zip(states.split(size), tokens.split(size), strict=True):
+        keep = torch.is_grad_enabled()
+        parts.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) if keep else score(*part))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None

@@ -16,11 +16,6 @@ from pathlib import Path
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from lifecycle_hf import PPOConfig, PPOTrainer, cli
-from lifecycle_hf.alignment_tax.metrics import perplexity
-from lifecycle_hf.alignment_tax.report import plot_history
-from lifecycle_hf.trainers.callbacks import TaxMonitor
-
-TOYWORLD = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
 
 
 @dataclass
@@ -39,28 +34,6 @@ class PPOArguments(cli.RecipeArguments):
     measure_rows: int = field(default=128, metadata={"help": "Held-out prompts and texts per measurement."})
 
 
-def make_monitor(trainer, script_args, texts, every):
-    """Measures reward and KL on held-out prompts, capability, and the toyworld's truth."""
-    toy = script_args.dataset_name == "toyworld"
-    readable = texts is not None and {"text", "messages"}.intersection(texts.column_names)
-    capability = TOYWORLD if toy else {"perplexity": False} if readable else {}
-
-    def metrics(model, tokenizer):
-        evaluation, values = trainer.evaluate(), {}
-        if toy:
-            from lifecycle_hf import toyworld
-
-            values = toyworld.measure(model, tokenizer, n=script_args.measure_rows, seed=0)
-        elif capability:
-            rows = texts.select(range(min(len(texts), script_args.measure_rows)))
-            chats = rows["messages"] if "messages" in rows.column_names else []
-            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] or list(rows["text"])
-            values = {"perplexity": perplexity(model, tokenizer, rendered)}
-        return {"proxy_reward": evaluation["eval_score"], **values, "kl": evaluation["eval_kl"]}
-
-    return TaxMonitor(metrics, every, {"proxy_reward": True, **capability, "kl": False}).attach(trainer)
-
-
 def main(script_args, args, model_args):
     train, test = cli.load_splits(script_args, "ppo")
     texts = (None, None)
@@ -71,24 +44,17 @@ def main(script_args, args, model_args):
         reward_funcs=[cli.resolve_reward(name) for name in script_args.reward_funcs],
         args=args,
         train_dataset=train,
-        eval_dataset=test.select(range(min(len(test), script_args.measure_rows))) if test else None,
+        eval_dataset=cli.held_out(test, script_args.measure_rows),
         ptx_dataset=texts[0],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
         model_init_kwargs=cli.model_init_kwargs(model_args),
     )
-    trainer.dataset_name = script_args.dataset_name
     every = script_args.measure_updates * args.steps_per_update
     if every and test:
-        make_monitor(trainer, script_args, texts[1], every)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    report = trainer.tax_report
-    if report and trainer.is_world_process_zero():
-        plot_history(trainer.state.log_history, Path(args.output_dir) / "training.png")
-    cli.finish(trainer, script_args, model_args, report.to_json() if report else {})
-    if report:
-        trainer.accelerator.print(report.to_terminal())
-    trainer.accelerator.print(f"Model, report.json and pictures are in {args.output_dir}")
+        evaluated = {"proxy_reward": ("eval_score", True), "kl": ("eval_kl", False)}
+        cli.monitor_tax(trainer, script_args, every, evaluated, texts[1])
+    cli.train_and_report(trainer, script_args, model_args)
 
 
 if __name__ == "__main__":

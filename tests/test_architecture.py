@@ -85,8 +85,21 @@ def test_files_and_functions_are_short(path):
             assert length <= MOST_LINES["function"], f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
 
 
+def code_lines(path):
+    """Lines that hold code: docstrings, which the conventions want long, comments and blank lines left out."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    spans = [
+        node.body[0]
+        for node in ast.walk(tree(path))
+        if isinstance(node, documented) and node.body and ast.get_docstring(node, clean=False) is not None
+    ]
+    docstrings = {number for span in spans for number in range(span.lineno, span.end_lineno + 1)}
+    text = enumerate(path.read_text().splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in docstrings for n, line in text)
+
+
 def test_package_is_small():
-    assert sum(map(lines, SOURCES)) <= MOST_LINES["package"]
+    assert sum(map(code_lines, SOURCES)) <= MOST_LINES["package"]
 
 
 def calls(path):

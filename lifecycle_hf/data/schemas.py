@@ -18,6 +18,7 @@ SCHEMAS = {
     "text": [("text",), ("messages",), ("conversations",)],
     "prompt": [("prompt",)],
 }
+_PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "ref_chosen_logps", "ref_rejected_logps")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -102,7 +103,7 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
 
 
 def to_preference(dataset: Dataset, where: str) -> Dataset:
-    """`dataset` with the columns chosen, rejected[, prompt][, margin]; transcripts become messages.
+    """`dataset` with the columns chosen, rejected[, prompt][, margin, ref_*_logps]; transcripts become messages.
 
     A prompt column is kept only where chosen and rejected do not contain the prompt themselves. Values that can't be
     read become empty, which tokenisation counts and drops.
@@ -111,8 +112,21 @@ def to_preference(dataset: Dataset, where: str) -> Dataset:
         ValueError: as `validate`.
     """
     validate(dataset, "preference", where)
-    columns = [name for name in ("prompt", "chosen", "rejected", "margin") if name in dataset.column_names]
-    return _unify_preference(dataset.select_columns(columns))
+    return _unify_preference(dataset.select_columns([n for n in _PREFERENCE_COLUMNS if n in dataset.column_names]))
+
+
+def to_unpaired(dataset: Dataset, where: str) -> Dataset:
+    """`dataset` with its columns prompt, completion, label; a prompt that is a transcript becomes messages.
+
+    Raises:
+        ValueError: as `validate`.
+    """
+    validate(dataset, "unpaired", where)
+    if not is_transcript(dataset[0]["prompt"]):
+        return dataset
+    return dataset.map(
+        lambda row: {"prompt": _prompt_messages(row["prompt"]), "completion": _answer(row["completion"])}
+    )
 
 
 def to_prompts(dataset: Dataset, where: str) -> Dataset:
@@ -145,10 +159,14 @@ def _unify_preference(dataset: Dataset) -> Dataset:
         return dataset.map(
             lambda row: {
                 "prompt": _prompt_messages(row["prompt"]),
-                **{side: [{"role": "assistant", "content": row[side] or ""}] for side in ("chosen", "rejected")},
+                **{side: _answer(row[side]) for side in ("chosen", "rejected")},
             }
         )
     return dataset
+
+
+def _answer(text) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text or ""}]
 
 
 def _messages_or_nothing(text) -> list[dict[str, str]]:

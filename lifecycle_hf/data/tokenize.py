@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import maybe_convert_to_chatml
+from trl import maybe_convert_to_chatml, maybe_extract_prompt
 from trl.data_utils import common_prefix_length
 
 from lifecycle_hf.data.schemas import detect, is_messages, validate
@@ -118,11 +118,7 @@ def tokenize_preference(
         require_chat_template(tokenizer, where)
 
     def encode(row):
-        problem = (
-            text_problem(row["chosen"], "chosen")
-            or text_problem(row["rejected"], "rejected")
-            or ("identical chosen and rejected" if row["chosen"] == row["rejected"] else "")
-        )
+        problem = _pair_problem(row)
         if problem:
             return {"chosen_ids": [], "rejected_ids": [], "_problem": problem}
         prompt = row.get("prompt") or type(row["chosen"])()
@@ -135,6 +131,119 @@ def tokenize_preference(
 
 
 _PREFERENCE_IDS = ("chosen_ids", "rejected_ids", "margin")
+
+
+def tokenize_pairs(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
+) -> Dataset:
+    """Columns "prompt_ids", "chosen_ids" and "rejected_ids": the same tokens as TRL's DPOTrainer makes.
+
+    What chosen and rejected share is the prompt where there is no column for it. Completions are cut to `max_length`
+    tokens with their prompt. Rows are dropped with one warning where a completion is empty, has no room left behind
+    its prompt, or is the same for chosen and rejected, cut or not. Columns "ref_chosen_logps" and "ref_rejected_logps"
+    stay.
+
+    Raises:
+        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
+    """
+    validate(dataset, "preference", where)
+    require_eos(tokenizer, where)
+    if is_messages(dataset[0]["chosen"]):
+        require_chat_template(tokenizer, where)
+
+    def encode(row):
+        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        problem = _pair_problem(row)
+        if problem:
+            return nothing | {"_problem": problem}
+        row = {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+        row = row if "prompt" in row else maybe_extract_prompt(row)
+        prompt, completions, problem = _encode_behind(tokenizer, row["prompt"], row["chosen"], row["rejected"])
+        if not problem:
+            completions, problem = _cut(prompt, completions, max_length)
+        if not problem and completions[0] == completions[1]:
+            problem = f"the same chosen and rejected once cut to {max_length} tokens"
+        if problem:
+            return nothing | {"_problem": problem}
+        return {"prompt_ids": prompt, "chosen_ids": completions[0], "rejected_ids": completions[1], "_problem": ""}
+
+    tokenized = map_usable(dataset, encode, where=where, strict=strict)
+    kept = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
+
+
+def tokenize_unpaired(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
+) -> Dataset:
+    """Columns "prompt_ids", "completion_ids" and "label" (true: desirable), the tokens those of TRL's KTOTrainer.
+
+    Rows are dropped with one warning where the completion is empty or has no room left behind its prompt, or the label
+    is missing or neither true nor false. A column "ref_logps" stays.
+
+    Raises:
+        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
+    """
+    validate(dataset, "unpaired", where)
+    require_eos(tokenizer, where)
+    if is_messages(dataset[0]["completion"]):
+        require_chat_template(tokenizer, where)
+    dataset = dataset.rename_column("label", "_label")  # of whatever type: the new column is one of booleans
+
+    def encode(row):
+        prompt, completions, problem = [], [[]], text_problem(row["completion"], "completion")
+        if row["_label"] not in (True, False):
+            problem = "missing label" if row["_label"] is None else "label that is neither true nor false"
+        if not problem:
+            prompt, completions, problem = _encode_behind(tokenizer, row["prompt"], row["completion"])
+        if not problem:
+            completions, problem = _cut(prompt, completions, max_length)
+        label = not problem and bool(row["_label"])
+        return {"prompt_ids": prompt, "completion_ids": completions[0], "label": label, "_problem": problem}
+
+    tokenized = map_usable(dataset, encode, where=where, strict=strict)
+    kept = ("prompt_ids", "completion_ids", "label", "ref_logps")
+    return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
+
+
+def _encode_behind(tokenizer, prompt, *completions) -> tuple[list[int], list[list[int]], str]:
+    """Ids of a prompt and of finished completions behind it, and why they can't be used.
+
+    The prompt ends where its tokens and those of prompt and completion part, as they do where a tokenizer merges
+    across the border.
+    """
+    if any(type(prompt) is not type(completion) for completion in completions):
+        return [], [[]], "prompt and completion of different kinds (text, messages)"
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token
+        prompt_ids = tokenizer(prompt)["input_ids"] if prompt else []
+        texts = [c if c.endswith(eos) else c + eos for c in completions]
+        whole = [tokenizer(prompt + text)["input_ids"] for text in texts]
+        if not prompt_ids:  # an implicit prompt of no character is the BOS alone, where there is one
+            prompt_ids = whole[0][:1] if whole[0][:1] == [tokenizer.bos_token_id] else []
+    else:
+        if problem := text_problem(prompt, "prompt"):
+            return [], [[]], problem
+        template = tokenizer.apply_chat_template
+        prompt_ids = list(template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        whole = [list(template(prompt + c, return_dict=True)["input_ids"]) for c in completions]
+    shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
+    return prompt_ids[:shared], [ids[shared:] for ids in whole], "" if shared else "prompt without a token"
+
+
+def _cut(prompt: list[int], completions: list[list[int]], max_length: int | None) -> tuple[list[list[int]], str]:
+    """Completions cut to what `max_length` leaves them behind the prompt, and why they can't be used."""
+    if max_length is not None and len(prompt) >= max_length:
+        return completions, f"prompt that fills max_length={max_length}"
+    cut = [ids if max_length is None else ids[: max_length - len(prompt)] for ids in completions]
+    return cut, "" if all(cut) else "completion without a token"
+
+
+def _pair_problem(row: dict) -> str:
+    return (
+        text_problem(row["chosen"], "chosen")
+        or text_problem(row["rejected"], "rejected")
+        or ("identical chosen and rejected" if row["chosen"] == row["rejected"] else "")
+    )
 
 
 def tokenize_texts(

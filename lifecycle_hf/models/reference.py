@@ -1,8 +1,51 @@
-"""The model that a policy is compared with."""
+"""The model that a policy is compared with: a frozen copy, the base with adapters off, a frozen copy of the adapter
+that the policy starts from, or log-probs computed once and kept."""
 
 import copy
+import hashlib
+from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
+
+from lifecycle_hf.models.loading import load_causal_lm
+from lifecycle_hf.models.shared_base import SharedBase
+
+SAMPLE = 4096
+
+
+def make_reference(
+    model,
+    ref_model,
+    policy: nn.Module,
+    shared: SharedBase | None,
+    *,
+    trained_adapter: bool,
+    kwargs: dict,
+    ref_kwargs: dict,
+) -> tuple[str | None, nn.Module | None]:
+    """(role of the shared base, None) or (None, frozen model).
+
+    Args:
+        model: what the policy was made from, a name or an object.
+        ref_model: the user's choice, a name or an object, or None.
+        policy, shared: the policy, and its roles where it is a PeftModel.
+        trained_adapter: whether the policy starts from an adapter that was trained before.
+        kwargs, ref_kwargs: how `model` and `ref_model` are loaded by name.
+    """
+    if ref_model is not None:
+        return None, load_causal_lm(ref_model, init_kwargs=ref_kwargs).eval()
+    if shared is None:
+        if isinstance(model, str):
+            return None, load_causal_lm(model, init_kwargs=kwargs).eval()
+        return None, frozen_copy(policy)
+    if trained_adapter:
+        shared.copy_role("reference", shared.policy)
+        return "reference", None
+    return "base", None
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -17,3 +60,61 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             "its name or path, or pass a ref_model."
         )
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
+    """16 hexadecimal digits over names, shapes and evenly spaced entries of all weights.
+
+    Args:
+        role: of a PeftModel, the adapter that counts, "base" for none: then it is the fingerprint of the plain model.
+    """
+    weights = model.state_dict()
+    if hasattr(model, "peft_config"):
+        adapter = model.base_model.prefix
+        weights = {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+            for name, tensor in weights.items()
+            if adapter not in name or f".{role}." in name
+        }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def rows_fingerprint(rows) -> str:
+    """16 hexadecimal digits over the token ids of all rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr([row[name] for name in sorted(row) if name.endswith("_ids")]).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_logprobs(columns: dict[str, torch.Tensor], path: Path, fingerprint: dict[str, str]) -> None:
+    """Writes reference log-probs, one entry per row, with the fingerprint of what they belong to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: values.contiguous() for name, values in columns.items()}, path, metadata=fingerprint)
+
+
+def load_logprobs(path: Path, fingerprint: dict[str, str]) -> dict[str, list[float]]:
+    """Reads what [`save_logprobs`] wrote.
+
+    Raises:
+        ValueError: if it belongs to another model or to other data, naming what differs.
+    """
+    with safe_open(path, framework="pt") as file:
+        theirs = file.metadata() or {}
+        differs = [
+            f"{name} is {theirs.get(name)!r} there and {value!r} here"
+            for name, value in fingerprint.items()
+            if theirs.get(name) != value
+        ]
+        if differs:
+            raise ValueError(
+                f"The reference log-probs in {path} belong to another run: {'; '.join(differs)}. Give the reference "
+                "model and data that they were made with, or another ref_log_probs_path, where they are made anew."
+            )
+        return {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118

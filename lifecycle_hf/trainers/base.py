@@ -1,6 +1,7 @@
 """What every trainer of the library shares: exact metrics, extra state in checkpoints, the model card."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.trainers.callbacks import PREFIX
@@ -74,9 +76,10 @@ def load_state(path: Path) -> dict[str, Any]:
 class LifecycleTrainerMixin:
     """Put before `transformers.Trainer` (or a subclass) in the bases of a trainer.
 
-    - `self.metrics["train" | "eval"]` are [`MetricAccumulator`]s that `log` reduces and merges in.
+    - `self.metrics["train" | "eval"]` are [`MetricAccumulator`]s that `log` and evaluations reduce and merge in.
     - `self.stateful` names [`Stateful`] objects, saved in every checkpoint as `lifecycle_<name>` and restored on
       resume; those in `self.stateful_per_rank` hold state that differs between ranks.
+    - [`add_auxiliary_loss`] adds a loss of the model to that of the trainer.
     - `create_model_card` tells what the attributes say: `card_objective`, `card_paper` (title, arXiv id), the values
       of the common options and of those in `card_options`, `dataset_name` and the table in `tax_report`.
     """
@@ -91,14 +94,54 @@ class LifecycleTrainerMixin:
         self.metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self.stateful: dict[str, Stateful] = {}
         self.stateful_per_rank: dict[str, Stateful] = {}
+        self._auxiliary: dict[str, tuple[Callable[[nn.Module], torch.Tensor], float]] = {}
+
+    def add_auxiliary_loss(
+        self, name: str, function: Callable[[nn.Module], torch.Tensor], weight: float = 1.0
+    ) -> None:
+        """Adds weight·function(policy) to the loss of every optimizer step, logged as `loss/<name>`.
+
+        Args:
+            function: from the model that trains (without its engine's wrapper) to a scalar. Its mean is taken over the
+                step's micro-batches and ranks.
+
+        Raises:
+            ValueError: there is one of that name already.
+        """
+        if name in self._auxiliary:
+            raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")
+        self._auxiliary[name] = (function, weight)
+
+    def with_auxiliary(self, loss: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """`loss` of a micro-batch plus its share of the auxiliary losses; an evaluation has none."""
+        if not self._auxiliary or not self.model.training:
+            return loss
+        whole = self.accelerator.unwrap_model(self.model)
+        share, scaled = 1.0, self.loss_is_scaled_for_ga
+        if scaled or (scaled is None and self.model_accepts_loss_kwargs and num_items_in_batch is not None):
+            share = 1 / self.current_gradient_accumulation_steps
+        for name, (function, weight) in self._auxiliary.items():
+            value = function(getattr(whole, "policy", whole))
+            self.metrics["train"].add(f"loss/{name}", value.detach())
+            loss = loss + share * weight * value
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if all(key.startswith(PREFIX) for key in logs):  # a TaxMonitor's line, in between the others
             return super().log(logs, start_time)
-        evaluation = any(key.startswith("eval_") for key in logs)
-        means = self.metrics["eval" if evaluation else "train"].reduce(self.accelerator)
-        logs.update({f"eval_{name}" if evaluation else name: value for name, value in means.items()})
+        if not any(key.startswith("eval_") for key in logs):
+            logs.update(self.reduced_metrics("train"))
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.reduced_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def reduced_metrics(self, kind: str) -> dict[str, float]:
+        """The metrics gathered in "train" or "eval", over all ranks; they start anew."""
+        return self.metrics[kind].reduce(self.accelerator)
 
     def _state_files(self, folder: str | Path) -> list[tuple[Stateful, Path, bool]]:
         rank = self.accelerator.process_index

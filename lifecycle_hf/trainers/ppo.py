@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +9,10 @@ from datasets import Dataset
 from transformers import Trainer, set_seed
 
 from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
-from lifecycle_hf.models.loading import save_adapter_notes
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
 from lifecycle_hf.rollouts import stop_token_ids
 from lifecycle_hf.scoring import Completions
-from lifecycle_hf.trainers.base import LifecycleTrainerMixin
-from lifecycle_hf.trainers.callbacks import TaxMonitor
+from lifecycle_hf.trainers.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
 from lifecycle_hf.trainers.ppo_setup import (
@@ -28,7 +25,7 @@ from lifecycle_hf.trainers.ppo_setup import (
 from lifecycle_hf.trainers.rollout_buffer import PretrainingRows, RolloutBuffer, RolloutSampler
 
 
-class PPOTrainer(LifecycleTrainerMixin, Trainer):
+class PPOTrainer(PolicyTrainerMixin, Trainer):
     """Trains a policy against rewards by PPO, with KL in the reward and pretraining gradients mixed in.
 
     Maximises E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] (InstructGPT, https://arxiv.org/abs/2203.02155,
@@ -244,7 +241,7 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
             self.metrics["train"].add("loss/ptx", nll.detach(), text_mask.sum())
         self._log_policy(policy, out["logprobs"], batch, mask)
         # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
-        loss = loss * self.accelerator.num_processes
+        loss = self.with_auxiliary(loss * self.accelerator.num_processes)
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
@@ -267,40 +264,6 @@ class PPOTrainer(LifecycleTrainerMixin, Trainer):
         """Samples and scores a batch of eval prompts; the metrics are those of a rollout, prefixed `eval_`."""
         self.rollouts.make(inputs, self.metrics["eval"], training=False)
         return None, None, None
-
-    # Keeping and sharing
-
-    @property
-    def tax_report(self):
-        """The before/after table that a [`TaxMonitor`] among the callbacks measured, or None."""
-        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, TaxMonitor) and c.history]
-        return monitors[0].report() if monitors else None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as an ordinary checkpoint, its value function under `value/`, and the tokenizer."""
-        if not self.args.should_save:
-            return
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        actor_critic = self.accelerator.unwrap_model(self.model)
-        actor_critic.save_pretrained(folder, state_dict)
-        if actor_critic.shared is not None:
-            save_adapter_notes(actor_critic.policy, folder)
-        self.processing_class.save_pretrained(folder)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.accelerator.unwrap_model(self.model).load_pretrained(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra_state(checkpoint)
 
 
 def _is_value(name: str, shared: bool) -> bool:

@@ -1,9 +1,8 @@
 """Options of [`PPOTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from transformers import TrainingArguments
+from lifecycle_hf.trainers.options import PolicyConfig, option
 
 CHOICES = {
     "kl_control": ("fixed", "adaptive", "exponential"),
@@ -12,12 +11,8 @@ CHOICES = {
 }
 
 
-def option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
-class PPOConfig(TrainingArguments):
+class PPOConfig(PolicyConfig):
     """Options of PPO beside those of `transformers.TrainingArguments`; `--help` of the recipe describes each.
 
     One *update* is a rollout of `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` prompts
@@ -25,18 +20,9 @@ class PPOConfig(TrainingArguments):
     `save_steps` and `eval_steps` count optimizer steps, as everywhere in transformers.
     """
 
-    learning_rate: float = option(1e-6, "Learning rate of the policy.")
     value_learning_rate: float | None = option(
         None, "Learning rate of the value function; that of the policy by default."
     )
-    logging_steps: float = option(10, "Log every X optimizer steps, or this share of all steps if below 1.")
-    bf16: bool | None = option(None, "bf16 autocast; by default on where a GPU supports it, and off on CPU.")
-    remove_unused_columns: bool | None = option(False, "Keep False: reward functions get the dataset's columns.")
-    trust_remote_code: bool = option(False, "Run model code from the Hub; only for repositories that you trust.")
-    disable_dropout: bool = option(
-        True, "Switch dropout off in policy and value function, so that the ratio is 1 before the first step."
-    )
-
     max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all.")
     max_completion_length: int = option(256, "Most tokens a completion may have.")
     temperature: float = option(1.0, "Sampling temperature, applied to old, new and reference log-probs alike.")
@@ -91,19 +77,10 @@ class PPOConfig(TrainingArguments):
     )
     ptx_max_length: int = option(512, "Cut pretraining rows to this many tokens.")
 
-    strict_data: bool = option(False, "Raise on a row that can't be used, where otherwise it is dropped with a count.")
     log_completions: bool = option(True, "Print a table of sample completions every logging_steps.")
     num_completions_to_print: int = option(4, "Rows of that table.")
 
-    def __post_init__(self):
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
-        self._check()
-
-    def _check(self) -> None:
+    def check(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
@@ -116,8 +93,6 @@ class PPOConfig(TrainingArguments):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would take the prompts away: leave it False.")
         if self.bootstrap_truncated and self.advantage_estimator == "reinforce":
             raise ValueError("bootstrap_truncated needs a value function: advantage_estimator='gae', or turn it off.")
 

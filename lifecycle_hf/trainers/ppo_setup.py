@@ -8,28 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.data.schemas import to_prompts
-from lifecycle_hf.data.tokenize import require_eos, tokenize_prompts, tokenize_texts
+from lifecycle_hf.data.tokenize import tokenize_prompts, tokenize_texts
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
-    check_pad_token,
     disable_dropout,
     is_adapter,
-    load_causal_lm,
     load_classifier,
     load_reward_model,
     load_tokenizer,
     read_adapter_notes,
 )
-from lifecycle_hf.models.reference import frozen_copy
+from lifecycle_hf.models.reference import make_reference
 from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights
 from lifecycle_hf.rewards import CallableReward
-from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward, backbone
+from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
+from lifecycle_hf.trainers.policy import PolicyBuilder
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
 ROLES = ("base", "policy", "value", "reference", "default")
@@ -53,30 +52,26 @@ class Parts:
     rewards: list[RewardSource]
 
 
-class Builder:
+class Builder(PolicyBuilder):
     """Builds [`Parts`] from the arguments of [`PPOTrainer`]; see there for what each may be."""
-
-    def __init__(self, args: PPOConfig, quantization_config=None, init_kwargs: dict | None = None):
-        self.args, self.quantization_config = args, quantization_config
-        self.policy_kwargs = {**(init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
-        # A revision names a commit of the policy's repository and of no other.
-        self.init_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "revision"}
 
     def build(
         self, model, reward_funcs, reward_processing_classes, processing_class, peft_config, value_model, ref_model
     ) -> Parts:
         name = model if isinstance(model, str) else model.config._name_or_path
-        if processing_class is None:
-            processing_class = load_tokenizer(name, trust_remote_code=self.args.trust_remote_code)
-        policy, starts_from_adapter = self._policy(model, peft_config)
-        require_eos(processing_class, "processing_class")
-        check_pad_token(processing_class, policy)
-        if processing_class.pad_token_id is None:  # any token will do: masks come from lengths
-            processing_class.pad_token = processing_class.eos_token
+        policy, trained, processing_class = self.policy(model, peft_config, processing_class)
         shared = SharedBase(policy) if isinstance(policy, PeftModel) else None
         sources, reward_models = self._rewards(reward_funcs, reward_processing_classes, processing_class, shared, name)
         critic = self.args.advantage_estimator == "gae"
-        reference_role, reference = self._reference(model, ref_model, policy, shared, starts_from_adapter)
+        reference_role, reference = make_reference(
+            model,
+            ref_model,
+            policy,
+            shared,
+            trained_adapter=trained,
+            kwargs=self.policy_kwargs,
+            ref_kwargs=self.init_kwargs,
+        )
         value = None
         if critic and shared is None:
             value = self._value_model(value_model, model, policy, reward_models, processing_class)
@@ -96,43 +91,6 @@ class Builder:
         if self.args.disable_dropout:
             disable_dropout(actor_critic)
         return Parts(actor_critic, processing_class, sources)
-
-    def _policy(self, model, peft_config: PeftConfig | None) -> tuple[PreTrainedModel | PeftModel, bool]:
-        """The policy, and whether it starts from an adapter that was trained before."""
-        policy = load_causal_lm(
-            model, quantization_config=self.quantization_config, init_kwargs=self.policy_kwargs, is_trainable=True
-        )
-        if isinstance(policy, PeftModel):
-            if peft_config is not None:
-                warnings.warn(
-                    "The model is an adapter already and trains on as it is: peft_config shapes the value "
-                    "adapter only.",
-                    stacklevel=4,
-                )
-            return policy, True
-        if peft_config is None:
-            if getattr(policy, "is_quantized", False):
-                raise ValueError("A quantised model can't train by itself: pass a peft_config (--use_peft).")
-            return policy, False
-        plugin = self.args.deepspeed_plugin
-        sharded = plugin is not None and plugin.zero_stage == 3 and not getattr(policy, "is_quantized", False)
-        # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the base's.
-        config = copy.deepcopy(peft_config)
-        config.task_type = config.task_type or "CAUSAL_LM"  # what AutoPeftModelForCausalLM reads
-        return get_peft_model(policy, config, adapter_name="policy", autocast_adapter_dtype=not sharded), False
-
-    def _reference(self, model, ref_model, policy, shared, starts_from_adapter):
-        """(role of the shared base, None) or (None, frozen model)."""
-        if ref_model is not None:
-            return None, load_causal_lm(ref_model, init_kwargs=self.init_kwargs).eval()
-        if shared is None:
-            if isinstance(model, str):
-                return None, load_causal_lm(model, init_kwargs=self.policy_kwargs).eval()
-            return None, frozen_copy(policy)
-        if starts_from_adapter:
-            shared.copy_role("reference", shared.policy)
-            return "reference", None
-        return "base", None
 
     def _rewards(self, reward_funcs, processing_classes, tokenizer, shared, policy_name):
         funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
@@ -191,7 +149,7 @@ class Builder:
             config = copy.deepcopy(policy.config)
             config.num_labels = 1
             value = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-            backbone(value).load_state_dict(backbone(policy).state_dict())
+            value.base_model.load_state_dict(policy.base_model.state_dict())
         with _whole(value.score.weight):
             value.score.weight.data.zero_()
         return value

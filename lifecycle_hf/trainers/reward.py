@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from lifecycle_hf.data.tokenize import tokenize_preference
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import ensure_pad_token, load_classifier, prepare_quantized
 from lifecycle_hf.objectives.reward import bradley_terry_loss
+from lifecycle_hf.trainers.options import STRICT_DATA, option
 from lifecycle_hf.trainers.stage import (
-    STRICT_DATA,
     StageTrainerMixin,
     check_train_dataset,
     own_copy,
@@ -32,7 +32,7 @@ from lifecycle_hf.trainers.stage import (
 class RewardConfig(trl.RewardConfig):
     """TRL's options for reward models and `strict_data`; an unset `bf16` is off on a machine without accelerator."""
 
-    strict_data: bool = field(default=False, metadata={"help": STRICT_DATA})
+    strict_data: bool = option(False, STRICT_DATA)
 
     def __post_init__(self):
         settle_defaults(self)
@@ -132,6 +132,7 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
             elif self._scored is not None:
                 rows = torch.stack([chosen, rejected, losses], dim=1)
                 self._scored.append(self.accelerator.gather_for_metrics(rows).double().cpu())
+        loss = self.with_auxiliary(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

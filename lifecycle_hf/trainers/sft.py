@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from lifecycle_hf.data.tokenize import (
     usable_rows,
 )
 from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, load_tokenizer, prepare_quantized
+from lifecycle_hf.trainers.options import STRICT_DATA, option
 from lifecycle_hf.trainers.stage import (
-    STRICT_DATA,
     StageTrainerMixin,
     check_train_dataset,
     own_copy,
@@ -38,7 +38,7 @@ ROW = "_row"
 class SFTConfig(trl.SFTConfig):
     """TRL's options for supervised fine-tuning and `strict_data`; an unset `bf16` is off without accelerator."""
 
-    strict_data: bool = field(default=False, metadata={"help": STRICT_DATA})
+    strict_data: bool = option(False, STRICT_DATA)
 
     def __post_init__(self):
         settle_defaults(self)
@@ -119,7 +119,10 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training or self._token_sums is None or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs:
+                return self.with_auxiliary(out[0], num_items_in_batch), out[1]
+            return self.with_auxiliary(out, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = (outputs.label_mask, -outputs.log_probs, outputs.is_top1, outputs.entropy)
         sums = torch.stack([values.double().sum(-1) for values in per_token], dim=-1)

@@ -12,8 +12,6 @@ from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.models.loading import load_tokenizer, save_adapter_notes
 from lifecycle_hf.trainers.base import LifecycleTrainerMixin
 
-STRICT_DATA = "Raise on a row that can't be used, where otherwise it is dropped with a count."
-
 
 def settle_defaults(args: TrainingArguments) -> None:
     """Where unset, turn `bf16` off on a machine without accelerator (TRL's default is True everywhere).

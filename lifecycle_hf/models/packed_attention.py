@@ -1,0 +1,182 @@
+"""Attention over packed trees: prompts with several completions each in one row, no padding, no model code touched.
+
+A tree is a prompt followed by its completions. A completion sees its prompt and itself. Transformers' models hand
+keywords of their forward down to their attention function, which is looked up by name in the config:
+[`enable_packing`] puts one in force that reads the keyword `segments` and, without it, is the one before.
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "packed_"
+
+
+@dataclass(eq=False)
+class Segments:
+    """Where the trees of a packed row begin and end.
+
+    Attributes:
+        trees: for each tree the length of its prompt and of its completions, in the order of the row.
+    """
+
+    trees: list[tuple[int, list[int]]]
+    device: torch.device = torch.device("cpu")
+    _masks: dict = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def slices(self) -> list[tuple[int, int, int, int]]:
+        """(start, end of the queries, start, end of the prompt they see besides): a prompt goes with its first
+        completion as one ordinary causal sequence."""
+        slices, at = [], 0
+        for prompt, completions in self.trees:
+            start, end = at, at + prompt
+            for i, completion in enumerate(completions):
+                slices.append((at if i else start, end + completion, start if i else 0, start + prompt if i else 0))
+                at = end = end + completion
+        return slices
+
+    def mask(self, queries: int, keys: int, window: int | None, additive: torch.dtype | None) -> torch.Tensor:
+        """Causal mask [1, 1, queries, keys] aligned at the bottom right: true, or 0 where `additive`, is seen."""
+        key = (queries, keys, window, additive)
+        if key not in self._masks:
+            ahead = (
+                torch.arange(keys, device=self.device)
+                - torch.arange(keys - queries, keys, device=self.device)[:, None]
+            )
+            seen = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+            if additive is not None:
+                seen = torch.zeros_like(seen, dtype=additive).masked_fill(~seen, torch.finfo(additive).min)
+            self._masks[key] = seen[None, None]
+        return self._masks[key]
+
+    @cached_property
+    def varlen(self) -> dict[str, torch.Tensor | int]:
+        """Keywords of the variable-length kernels, and under "keys" the index [K] that repeats prompts for them."""
+        queries = [end - start for start, end, _, _ in self.slices]
+        seen = [torch.cat([torch.arange(a, b), torch.arange(s, e)]) for s, e, a, b in self.slices]
+        keys = [len(index) for index in seen]
+
+        def offsets(lengths):
+            return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+
+        return {
+            "keys": torch.cat(seen).to(self.device),
+            "cu_seq_lens_q": offsets(queries),
+            "cu_seq_lens_k": offsets(keys),
+            "max_length_q": max(queries),
+            "max_length_k": max(keys),
+        }
+
+    def block_mask(self, window: int | None):
+        """The same visibility as a BlockMask for flex attention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._masks:
+            tree, segment, position = self._labels
+            length = len(tree)
+
+            def visible(batch, head, query, key):
+                own = (tree[query] == tree[key]) & ((segment[key] == 0) | (segment[query] == segment[key]))
+                ahead = position[key] - position[query]
+                return own & (ahead <= 0) & (ahead > -(length if window is None else window))
+
+            self._masks[window] = create_block_mask(visible, None, None, length, length, device=self.device)
+        return self._masks[window]
+
+    @cached_property
+    def _labels(self) -> torch.Tensor:
+        """Tree, segment (0 is the prompt) and position of every token: [3, N]."""
+        columns = []
+        for tree, (prompt, completions) in enumerate(self.trees):
+            for segment, length in enumerate([prompt, *completions]):
+                positions = torch.arange(length) + (prompt if segment else 0)
+                columns.append(
+                    torch.stack([torch.full_like(positions, tree), torch.full_like(positions, segment), positions])
+                )
+        return torch.cat(columns, dim=1).to(self.device)
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[1, N]: a completion continues from its prompt."""
+        return self._labels[2:]
+
+    @property
+    def dummy_mask(self) -> torch.Tensor:
+        """What to pass as `attention_mask`: 4-D, so that transformers builds none, and of no size, as none is used.
+
+        Without it the restarting positions are taken for packed sequences, and completions are cut off from prompts.
+        """
+        return torch.empty(1, 1, 0, 0, device=self.device)
+
+
+def enable_packing(config) -> None:
+    """Puts the packed twin of the attention implementation in force; without `segments` nothing changes."""
+    config = config.get_text_config()
+    base = config._attn_implementation.removeprefix(PREFIX)
+    _register(base)
+    config._attn_implementation = PREFIX + base
+
+
+def disable_packing(config) -> None:
+    """Undoes [`enable_packing`]."""
+    config = config.get_text_config()
+    config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+
+
+@contextmanager
+def _plain_name(config):
+    """Within it the config names the implementation before packing, by which transformers looks up flash kernels."""
+    name = config._attn_implementation
+    config._attn_implementation = name.removeprefix(PREFIX)
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
+
+
+def _register(base: str) -> None:
+    if PREFIX + base in ALL_ATTENTION_FUNCTIONS:
+        return
+    plain = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else None
+
+    def attention(module, query, key, value, attention_mask, segments: Segments | None = None, **kwargs):
+        attend = plain or sys.modules[type(module).__module__].eager_attention_forward
+        if segments is None:
+            with _plain_name(module.config):
+                return attend(module, query, key, value, attention_mask, **kwargs)
+        if getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs:
+            raise NotImplementedError("only the mask knows the sliding window")
+        if base == "flex_attention":
+            return attend(module, query, key, value, segments.block_mask(kwargs.get("sliding_window")), **kwargs)
+        if "flash" in base:
+            lengths = dict(segments.varlen)
+            keys = lengths.pop("keys")
+            with _plain_name(module.config):
+                return attend(module, query, key[:, :, keys], value[:, :, keys], None, **(kwargs | lengths))
+        return _attend_by_segment(attend, base, segments, module, query, key, value, kwargs), None
+
+    AttentionInterface.register(PREFIX + base, attention)
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _attend_by_segment(attend, base: str, segments: Segments, module: nn.Module, query, key, value, kwargs):
+    window, outputs = kwargs.get("sliding_window"), []
+    for start, end, prompt_start, prompt_end in segments.slices:
+        k, v = key[:, :, start:end], value[:, :, start:end]
+        if prompt_end > prompt_start:
+            k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
+            v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
+        queries, keys, mask = end - start, k.shape[2], None
+        if base != "sdpa" or queries < keys or (window is not None and window < keys):
+            mask = segments.mask(queries, keys, window, None if base == "sdpa" else query.dtype)
+        outputs.append(attend(module, query[:, :, start:end], k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1)
