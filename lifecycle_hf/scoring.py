@@ -255,12 +255,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
+def packs(model: nn.Module) -> bool:
+    """Whether batches of this model are packed, which a probe finds out at the first call."""
+    return _probed(unwrapped(model).base_model, _can_be_packed)
+
+
 def _run(
     module: nn.Module, batch: Completions, output: str, packed: bool | None = None
 ) -> tuple[Layout, torch.Tensor]:
     """The output of a model or backbone for every token, flattened to [N, ...], and where what stands in it."""
     if packed is None:
-        packed = _probed(module.base_model, _can_be_packed)
+        packed = packs(module)
     if not packed:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return batch.padded, getattr(module(**inputs, use_cache=False), output).flatten(0, 1)

@@ -10,6 +10,12 @@ PANELS = {
         "tax/proxy_reward": "proxy reward (held out)",
         "tax/gold_reward": "gold reward (held out)",
     },
+    "Implicit reward": {
+        "rewards/chosen": "chosen",
+        "rewards/rejected": "rejected",
+        "tax/reward_margin": "margin (held out)",
+    },
+    "Accuracy of the implicit reward": {"rewards/accuracies": "training", "tax/reward_accuracy": "held out"},
     "KL to the reference (nats per sequence)": {"kl": "rollouts", "tax/kl": "held out"},
     "Capability perplexity": {"tax/perplexity": "held out"},
 }

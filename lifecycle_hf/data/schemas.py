@@ -122,7 +122,7 @@ def to_unpaired(dataset: Dataset, where: str) -> Dataset:
         ValueError: as `validate`.
     """
     validate(dataset, "unpaired", where)
-    if not is_transcript(dataset[0]["prompt"]):
+    if not is_transcript(first_value(dataset, "prompt")):
         return dataset
     return dataset.map(
         lambda row: {"prompt": _prompt_messages(row["prompt"]), "completion": _answer(row["completion"])}
@@ -143,13 +143,13 @@ def to_prompts(dataset: Dataset, where: str) -> Dataset:
         raise ValueError(_missing_columns(dataset.column_names, [("prompt",), ("chosen", "rejected")], where))
     if schema == "preference":
         dataset = _unify_preference(dataset)
-    elif is_transcript(dataset[0]["prompt"]):
+    elif is_transcript(first_value(dataset, "prompt")):
         dataset = dataset.map(lambda row: {"prompt": _prompt_messages(row["prompt"])})
     return dataset if "prompt" in dataset.column_names else dataset.map(_shared_prompt)
 
 
 def _unify_preference(dataset: Dataset) -> Dataset:
-    first = dataset[0]
+    first = {name: first_value(dataset, name) for name in ("prompt", "chosen") if name in dataset.column_names}
     whole = is_transcript(first["chosen"])
     if "prompt" in first and (whole or isinstance(first["prompt"], str) != isinstance(first["chosen"], str)):
         dataset = dataset.remove_columns("prompt")
@@ -165,8 +165,13 @@ def _unify_preference(dataset: Dataset) -> Dataset:
     return dataset
 
 
+def first_value(dataset: Dataset, column: str):
+    """The first value of a column that is not empty, by which its layout is told; None where all are."""
+    return next((value for value in dataset[column] if value), None)
+
+
 def _answer(text) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text or ""}]
+    return [{"role": "assistant", "content": (text or "").strip()}]
 
 
 def _messages_or_nothing(text) -> list[dict[str, str]]:

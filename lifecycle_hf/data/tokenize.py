@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml, maybe_extract_prompt
 from trl.data_utils import common_prefix_length
 
-from lifecycle_hf.data.schemas import detect, is_messages, validate
+from lifecycle_hf.data.schemas import detect, first_value, is_messages, validate
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -114,7 +114,7 @@ def tokenize_preference(
     """
     validate(dataset, "preference", where)
     require_eos(tokenizer, where)
-    if is_messages(dataset[0]["chosen"]):
+    if is_messages(first_value(dataset, "chosen")):
         require_chat_template(tokenizer, where)
 
     def encode(row):
@@ -148,7 +148,7 @@ def tokenize_pairs(
     """
     validate(dataset, "preference", where)
     require_eos(tokenizer, where)
-    if is_messages(dataset[0]["chosen"]):
+    if is_messages(first_value(dataset, "chosen")):
         require_chat_template(tokenizer, where)
 
     def encode(row):
@@ -185,7 +185,7 @@ def tokenize_unpaired(
     """
     validate(dataset, "unpaired", where)
     require_eos(tokenizer, where)
-    if is_messages(dataset[0]["completion"]):
+    if is_messages(first_value(dataset, "completion")):
         require_chat_template(tokenizer, where)
     dataset = dataset.rename_column("label", "_label")  # of whatever type: the new column is one of booleans
 
@@ -211,6 +211,8 @@ def _encode_behind(tokenizer, prompt, *completions) -> tuple[list[int], list[lis
     The prompt ends where its tokens and those of prompt and completion part, as they do where a tokenizer merges
     across the border.
     """
+    if prompt is None:
+        return [], [[]], "empty prompt"
     if any(type(prompt) is not type(completion) for completion in completions):
         return [], [[]], "prompt and completion of different kinds (text, messages)"
     if isinstance(prompt, str):

@@ -21,7 +21,7 @@ from lifecycle_hf.models.reference import (
     save_logprobs,
 )
 from lifecycle_hf.models.shared_base import SharedBase
-from lifecycle_hf.scoring import Completions
+from lifecycle_hf.scoring import Completions, packs
 from lifecycle_hf.trainers.policy import PolicyAndReference, PolicyBuilder, PolicyTrainerMixin
 from lifecycle_hf.trainers.stage import check_train_dataset
 
@@ -104,8 +104,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled:
-            raise ValueError(f"{name} has not been tried on FSDP and does not run on it: use DDP or ZeRO.")
+        self.check_engine()
         self._init_lifecycle()
         self._step_examples, self._fallen_steps, self._told = 0.0, 0, False
         self.can_return_loss, self.label_names = True, []
@@ -235,9 +234,9 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
             loss = losses.sum() / self._step_examples * self.accelerator.num_processes
             loss = self.with_auxiliary(loss)
-            batch = self.completions(inputs)
-            whole = batch.input_ids.numel()
-            self.metrics["train"].add("tokens_saved", whole - len(batch.packed.tokens), whole)
+            batch, whole = self.completions(inputs), inputs["input_ids"].numel()
+            packed = packs(self.accelerator.unwrap_model(model).policy)
+            self.metrics["train"].add("tokens_saved", whole - len(batch.packed.tokens) if packed else 0, whole)
         else:
             loss = losses.mean()
             rows = rows | {"loss": (losses, torch.ones_like(losses))}

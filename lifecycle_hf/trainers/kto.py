@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -39,9 +40,9 @@ class KTOTrainer(CompletionTrainer):
     """Trains a policy on answers that are each desirable or not, by KTO's value function.
 
     λ_D·(1 − σ(β(h − z₀))) for a desirable answer, λ_U·(1 − σ(β(z₀ − h))) for another; h = log π(y|x) − log π_ref(y|x).
-    z₀ is one number for an optimizer step, the same for all its micro-batches and ranks: max(0, the mean of h over
-    *mismatched* answers), each from a row with another prompt, whatever the batch size; or a running mean of h. Pairs
-    are taken too: each becomes a desirable and an undesirable answer.
+    z₀ is one number for an optimizer step, all its micro-batches and ranks (or for all held-out data): max(0, the mean
+    of h over *mismatched* answers), each from a row with another prompt, whatever the batch size; or a running mean of
+    h. Pairs are taken too: each becomes a desirable and an undesirable answer.
 
     Metrics, means over answers (prefix `eval_` on held-out ones): `rewards/chosen`, `rewards/rejected` (β·h of
     the desirable and of the others), `rewards/margins` (their difference), `rewards/accuracies` (share with h on its
@@ -124,13 +125,18 @@ class KTOTrainer(CompletionTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_steps = len(batches)
         if self._mismatched and batches:
-            self._z0 = self._mismatched_mean(self.model_wrapped, batches)
+            self._z0 = self._mismatched_mean(self.model_wrapped, batches, held_out=False)
         elif not self._mismatched:
             self._z0 = max(0.0, self._running.mean)
         return batches, count
 
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As in [`CompletionTrainer`]; z₀ is settled once, over the whole held-out data."""
+        self._held_out, self._held_out_z0 = dataloader.dataset, None
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     @torch.no_grad()
-    def _mismatched_mean(self, model, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def _mismatched_mean(self, model, batches: Iterable[dict[str, torch.Tensor]], held_out: bool) -> torch.Tensor:
         """max(0, mean of h over the mismatched answers of `batches` on all ranks)."""
         total, training = torch.zeros(2, device=self.args.device), model.training
         model.eval()
@@ -140,9 +146,11 @@ class KTOTrainer(CompletionTrainer):
                 out = model(batch, want=("logprobs", *(() if known else ("ref_logprobs",))))
             reference = inputs["ref_logps"].chunk(2)[1] if known else out["ref_logprobs"].sum(1)
             logratios = out["logprobs"].sum(1) - reference
+            if held_out:  # without the rows that only fill up the last batch
+                logratios = self.accelerator.gather_for_metrics(logratios)
             total += torch.stack([logratios.sum(), torch.ones_like(logratios).sum()])
         model.train(training)
-        return kto_reference_point(*self.accelerator.reduce(total, "sum"))
+        return kto_reference_point(*(total if held_out else self.accelerator.reduce(total, "sum")))
 
     def _step_running_mean(self, logratios: torch.Tensor) -> None:
         """Takes in a micro-batch; the last of a step moves the running mean."""
@@ -159,7 +167,12 @@ class KTOTrainer(CompletionTrainer):
         args, batch, labels = self.args, self.completions(inputs), inputs["label"].bool()
         z0 = self._z0
         if not self.model.training:
-            z0 = self._mismatched_mean(model, [inputs]) if self._mismatched else max(0.0, self._running.mean)
+            if self._held_out_z0 is None and self._mismatched:
+                batches = self.get_eval_dataloader(
+                    self._held_out
+                )  # one of its own: a loader counts its rows in itself
+                self._held_out_z0 = self._mismatched_mean(model, batches, held_out=True)
+            z0 = self._held_out_z0 if self._mismatched else max(0.0, self._running.mean)
         known = "ref_logps" in inputs
         out = model(batch, want=("logprobs", "entropy", *(() if known else ("ref_logprobs",))))
         reference = inputs["ref_logps"][: len(labels)] if known else out["ref_logprobs"].sum(1)

@@ -17,6 +17,12 @@ from lifecycle_hf.scoring import Completions, completion_logprobs
 from lifecycle_hf.trainers.base import LifecycleTrainerMixin
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
+SHAPE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""What of a config must agree for a checkpoint to be of the same model."""
+
 
 class PolicyAndReference(nn.Module):
     """The model that trains and what it is compared with, as one module, so that one engine (DDP, ZeRO) holds both.
@@ -132,7 +138,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: if the checkpoint belongs to another model, naming what differs.
     """
     theirs = type(model.config).from_pretrained(folder)
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+    for name in SHAPE:
         here, there = getattr(model.config, name, None), getattr(theirs, name, None)
         if here != there:
             raise ValueError(
@@ -201,6 +207,17 @@ class PolicyTrainerMixin(LifecycleTrainerMixin):
         """The before/after table that a [`TaxMonitor`] among the callbacks measured, or None."""
         monitors = [c for c in self.callback_handler.callbacks if isinstance(c, TaxMonitor) and c.history]
         return monitors[0].report() if monitors else None
+
+    def check_engine(self) -> None:
+        """Raises a ValueError under an engine that these trainers do not run on."""
+        name = type(self).__name__
+        if self.is_fsdp_enabled:
+            raise ValueError(f"{name} does not run on FSDP yet: use DDP or ZeRO.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{name} sees {self.args.n_gpu} GPUs in one process, which would mean DataParallel: start it with "
+                "`accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as an ordinary checkpoint, and the tokenizer."""

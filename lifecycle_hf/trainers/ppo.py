@@ -104,10 +104,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "PPOTrainer does not run on FSDP yet: its decoding needs the whole policy. Use DDP or ZeRO."
-            )
+        self.check_engine()
         check_reward_columns(parts.rewards, self.train_dataset.column_names)
         self._init_lifecycle()
         self.ptx_rows = None if texts is None else self._pretraining_rows(texts)

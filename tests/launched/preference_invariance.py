@@ -1,0 +1,65 @@
+"""Three steps of DPO, KTO and ORPO and an evaluation each; prints what must not depend on the number of processes.
+
+Arguments: output folder, per-device batch, path of the base model, then names in RUNS, by commas.
+"""
+
+import json
+import sys
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from lifecycle_hf import DPOTrainer, KTOTrainer, ORPOTrainer
+
+WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+# trainer, adapters, gradient accumulation
+RUNS = {
+    "dpo": (DPOTrainer, None, 2),
+    "dpo_lora": (DPOTrainer, LORA, 1),
+    "kto": (KTOTrainer, None, 2),
+    "orpo": (ORPOTrainer, None, 1),
+}
+NAMES = (
+    "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps/chosen_displacement", "entropy", "kl",
+)  # fmt: skip
+
+
+def rows(number, trainer):
+    """Ragged rows; `number` need not divide by the batch."""
+    texts = [" ".join([WORDS[i % 4]] * (i % 5 + 1)) for i in range(number)]
+    prompts = [f"word {i}:" + " please" * (i % 3) for i in range(number)]
+    if trainer is KTOTrainer:
+        return [{"prompt": p, "completion": t, "label": i % 2 == 0} for i, (p, t) in enumerate(zip(prompts, texts))]
+    return [{"prompt": p, "chosen": t, "rejected": f"no {i}"} for i, (p, t) in enumerate(zip(prompts, texts))]
+
+
+def run(output, batch, model, name):
+    trainer_class, peft, accumulation = RUNS[name]
+    args = trainer_class.config_class(
+        output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch), max_steps=3,
+        gradient_accumulation_steps=accumulation, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1,
+        report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+        activation_checkpointing=peft is not None,
+    )  # fmt: skip
+    train, held_out = (Dataset.from_list(rows(number, trainer_class)) for number in (24, 5))
+    trainer = trainer_class(model, args=args, train_dataset=train, eval_dataset=held_out, peft_config=peft)
+    trainer.train()
+    held_out = trainer.evaluate()
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        result = {
+            "world_size": trainer.accelerator.num_processes,
+            "engine": trainer.accelerator.distributed_type.value,
+            "steps": [{k: entry[k] for k in NAMES if k in entry} for entry in trainer.state.log_history[:3]],
+            "held_out": {k: held_out[f"eval_{k}"] for k in NAMES if f"eval_{k}" in held_out},
+        }
+        print(f"RESULT {name} " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    output, *arguments, names = sys.argv[1:]
+    for name in names.split(","):
+        run(f"{output}/{name}", *arguments, name)

@@ -1,0 +1,71 @@
+"""DPO, KTO and ORPO in two processes on CPU give what one gives: DDP, ZeRO-2 and ZeRO-3."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import launch, needs_deepspeed
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+SCRIPT = Path(__file__).parents[1] / "launched" / "preference_invariance.py"
+NAMES = ("dpo", "dpo_lora", "kto", "orpo")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tmp_path_factory):
+    make_model, tokenizer = tiny_llama
+    path = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(path), tokenizer.save_pretrained(path)
+    return path
+
+
+def run(config, output, batch, base):
+    results = {}
+    for line in launch(config, SCRIPT, output, batch, base, ",".join(NAMES)).splitlines():
+        if line.startswith("RESULT "):
+            _, name, result = line.split(" ", 2)
+            results[name] = json.loads(result)
+    return results
+
+
+@pytest.fixture(scope="module")
+def single(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return folder, run("cpu", folder, 4, base)
+
+
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        ("cpu_ddp", "MULTI_CPU"),
+        pytest.param("cpu_zero2", "DEEPSPEED", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", "DEEPSPEED", marks=[needs_deepspeed, pytest.mark.slow]),
+    ],
+)
+def test_two_processes_of_two_equal_one_of_four(config, engine, base, single, tmp_path):
+    """5 held-out rows in batches of 2 × 2: the rows that fill up the last batch must not count."""
+    folder, expected = single
+    results = run(config, tmp_path, 2, base)
+    assert list(results) == list(expected) == list(NAMES)
+    for name in NAMES:
+        one, two = expected[name], results[name]
+        assert (one["world_size"], one["engine"], two["world_size"], two["engine"]) == (1, "NO", 2, engine)
+        assert len(one["steps"]) == 3 and {"loss", "grad_norm", "rewards/margins", "entropy"} <= one["steps"][0].keys()
+        for step, (first, second) in enumerate(zip(one["steps"], two["steps"], strict=True)):
+            assert second == pytest.approx(first, rel=1e-4, abs=1e-6), (name, step)
+        assert one["steps"][2]["loss"] != one["steps"][0]["loss"]
+        kl = "kl" in one["held_out"]
+        assert kl == (name == "kto")
+        assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-4, abs=1e-6), name
+        check_saved(name, tmp_path / name, folder / name)
+
+
+def check_saved(name, got, expected):
+    """What was saved loads as an ordinary checkpoint and has the weights that one process gives."""
+    auto = AutoPeftModelForCausalLM if name == "dpo_lora" else AutoModelForCausalLM
+    weights, others = (auto.from_pretrained(folder).state_dict() for folder in (got, expected))
+    assert weights.keys() == others.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, others[key], rtol=1e-3, atol=1e-4)
