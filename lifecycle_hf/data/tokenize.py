@@ -1,5 +1,6 @@
 """Rows to token ids and loss masks, one function per schema."""
 
+import hashlib
 import re
 import warnings
 from collections import Counter
@@ -136,7 +137,8 @@ _PREFERENCE_IDS = ("chosen_ids", "rejected_ids", "margin")
 def tokenize_pairs(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "prompt_ids", "chosen_ids" and "rejected_ids": the same tokens as TRL's DPOTrainer makes.
+    """Columns "prompt_ids", "chosen_ids" and "rejected_ids", the same tokens as TRL's DPOTrainer makes, and
+    "prompt_key", which is the same for the same prompt only.
 
     What chosen and rejected share is the prompt where there is no column for it. Completions are cut to `max_length`
     tokens with their prompt. Rows are dropped with one warning where a completion is empty, has no room left behind
@@ -152,7 +154,7 @@ def tokenize_pairs(
         require_chat_template(tokenizer, where)
 
     def encode(row):
-        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "prompt_key": ""}
         problem = _pair_problem(row)
         if problem:
             return nothing | {"_problem": problem}
@@ -165,17 +167,19 @@ def tokenize_pairs(
             problem = f"the same chosen and rejected once cut to {max_length} tokens"
         if problem:
             return nothing | {"_problem": problem}
-        return {"prompt_ids": prompt, "chosen_ids": completions[0], "rejected_ids": completions[1], "_problem": ""}
+        ids = {"prompt_ids": prompt, "chosen_ids": completions[0], "rejected_ids": completions[1]}
+        return ids | {"prompt_key": _key(row["prompt"]), "_problem": ""}
 
     tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    kept = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    kept = ("prompt_ids", "prompt_key", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
 
 
 def tokenize_unpaired(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "prompt_ids", "completion_ids" and "label" (true: desirable), the tokens those of TRL's KTOTrainer.
+    """Columns "prompt_ids", "completion_ids" and "label" (true: desirable), the tokens those of TRL's KTOTrainer, and
+    "prompt_key", which is the same for the same prompt only.
 
     Rows are dropped with one warning where the completion is empty or has no room left behind its prompt, or the label
     is missing or neither true nor false. A column "ref_logps" stays.
@@ -198,11 +202,17 @@ def tokenize_unpaired(
         if not problem:
             completions, problem = _cut(prompt, completions, max_length)
         label = not problem and bool(row["_label"])
-        return {"prompt_ids": prompt, "completion_ids": completions[0], "label": label, "_problem": problem}
+        ids = {"prompt_ids": prompt, "completion_ids": completions[0], "prompt_key": _key(row["prompt"])}
+        return ids | {"label": label, "_problem": problem}
 
     tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    kept = ("prompt_ids", "completion_ids", "label", "ref_logps")
+    kept = ("prompt_ids", "prompt_key", "completion_ids", "label", "ref_logps")
     return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
+
+
+def _key(prompt) -> str:
+    """A prompt's identity, which its ids are not: they may end earlier under one completion than under another."""
+    return hashlib.sha256(repr(prompt).encode()).hexdigest()[:16]
 
 
 def _encode_behind(tokenizer, prompt, *completions) -> tuple[list[int], list[list[int]], str]:

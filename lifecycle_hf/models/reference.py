@@ -35,7 +35,12 @@ def make_reference(
         policy, shared: the policy, and its roles where it is a PeftModel.
         trained_adapter: whether the policy starts from an adapter that was trained before.
         kwargs, ref_kwargs: how `model` and `ref_model` are loaded by name.
+
+    Raises:
+        ValueError: `ref_model` is the policy itself.
     """
+    if ref_model is not None and ref_model is model and not isinstance(model, str):
+        raise ValueError("ref_model is the model that trains, and would be frozen with it: leave ref_model out.")
     if ref_model is not None:
         return None, load_causal_lm(ref_model, init_kwargs=ref_kwargs).eval()
     if shared is None:
@@ -96,7 +101,9 @@ def rows_fingerprint(rows) -> str:
 def save_logprobs(columns: dict[str, torch.Tensor], path: Path, fingerprint: dict[str, str]) -> None:
     """Writes reference log-probs, one entry per row, with the fingerprint of what they belong to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: values.contiguous() for name, values in columns.items()}, path, metadata=fingerprint)
+    written = path.with_suffix(".part")  # whole or not at all
+    save_file({name: values.contiguous() for name, values in columns.items()}, written, metadata=fingerprint)
+    written.replace(path)
 
 
 def load_logprobs(path: Path, fingerprint: dict[str, str]) -> dict[str, list[float]]:

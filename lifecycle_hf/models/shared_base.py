@@ -56,7 +56,9 @@ class SharedBase:
 
     def _add(self, role: str, config: PeftConfig, trainable: bool) -> None:
         if role in self.model.peft_config:
-            raise ValueError(f"The model has an adapter named {role!r} already, and PPO needs the name: rename yours.")
+            raise ValueError(
+                f"The model has an adapter named {role!r} already, a name that the trainer needs: rename yours."
+            )
         self.model.add_adapter(role, config)
         self.trainable |= {role} if trainable else set()
         self._set_flags()

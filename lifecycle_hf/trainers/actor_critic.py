@@ -53,6 +53,10 @@ class ActorCritic(PolicyAndReference):
         self.value_head = ScalarHead(self.config.hidden_size) if self.shared is not None and critic else None
 
     @property
+    def frozen(self) -> list[nn.Module]:
+        return [*super().frozen, *self.rewards.values()]
+
+    @property
     def checkpointed(self) -> list[nn.Module]:
         return list(filter(None, (self.policy, self.value_model)))
 

@@ -106,8 +106,11 @@ class LifecycleTrainerMixin:
                 step's micro-batches and ranks.
 
         Raises:
-            ValueError: there is one of that name already.
+            ValueError: there is one of that name already, or ZeRO-3 has sharded the parameters, of which the function
+                would see empty pieces.
         """
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise ValueError(f"The auxiliary loss {name!r} does not run under ZeRO-3: use ZeRO-1, ZeRO-2 or DDP.")
         if name in self._auxiliary:
             raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")
         self._auxiliary[name] = (function, weight)

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -53,7 +55,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     config_class: type
     columns: tuple[str, ...]
     ref_columns: tuple[str, ...]
-    scalar_columns: tuple[str, ...] = ()
+    extra_columns: tuple[str, ...] = ()
     needs_reference = True
 
     def __init__(
@@ -61,6 +63,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         model,
         ref_model=None,
         args=None,
+        *,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class=None,
@@ -106,7 +109,8 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         )
         self.check_engine()
         self._init_lifecycle()
-        self._step_examples, self._fallen_steps, self._told = 0.0, 0, False
+        self._step_examples, self.displacement = 0.0, Displacement()
+        self.stateful["displacement"] = self.displacement
         self.can_return_loss, self.label_names = True, []
         if self.needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
@@ -131,7 +135,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
 
     def _tokenized(self, dataset, where: str):
         def tokenize(part, place):
-            done = {"prompt_ids", *self.columns} <= set(part.column_names)
+            done = {"prompt_ids", *self.columns, *self.extra_columns} <= set(part.column_names)
             return part if done else self.tokenize(part, place)
 
         return self._each(dataset, tokenize, where)
@@ -142,9 +146,9 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         out = self._pack(rows, self.columns)
-        if self.ref_columns[0] in rows[0]:
+        if set(self.ref_columns) <= rows[0].keys():
             out["ref_logps"] = torch.tensor([row[name] for name in self.ref_columns for row in rows])
-        return out | {name: torch.tensor([row[name] for row in rows]) for name in self.scalar_columns}
+        return out
 
     def _pack(self, rows: list[dict], columns: tuple[str, ...], prefix: str = "") -> dict[str, torch.Tensor]:
         """The completions of the first column for every row, then those of the next; rows share their prompt."""
@@ -163,28 +167,35 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
 
     # The reference's log-probs, once
 
-    def _with_reference(self, dataset: Dataset, where: str) -> Dataset:
+    def _with_reference(self, dataset: Dataset, where: str, keep: bool = True) -> Dataset:
         """`dataset` with the columns of the reference's log-probs, read where they are kept already."""
         if set(self.ref_columns) <= set(dataset.column_names):
             return dataset
-        folder = self.args.ref_log_probs_path
-        path = Path(folder) / f"{where}.safetensors" if folder else None
-        fingerprint = {"model": self._reference_fingerprint(), "data": rows_fingerprint(dataset)} if path else {}
-        if path is not None and path.exists():
-            columns = load_logprobs(path, fingerprint)
-        else:
+        path = (
+            Path(self.args.ref_log_probs_path) / f"{where}.safetensors"
+            if keep and self.args.ref_log_probs_path
+            else None
+        )
+        fingerprint = {} if path is None else self._reference_fingerprint() | {"data": rows_fingerprint(dataset)}
+        # The main process decides: other machines may not see its folder.
+        read = self.is_world_process_zero() and path is not None and path.exists()
+        (columns,) = broadcast_object_list([load_logprobs(path, fingerprint) if read else None])
+        if columns is None:
             columns = self._reference_columns(dataset, where)
             if path is not None and self.is_world_process_zero():
                 save_logprobs({k: torch.tensor(v, dtype=torch.float64) for k, v in columns.items()}, path, fingerprint)
-        self.accelerator.wait_for_everyone()
         for name, values in columns.items():
+            if name in dataset.column_names:
+                dataset = dataset.remove_columns(name)
             dataset = dataset.add_column(name, values)
         return dataset
 
-    def _reference_fingerprint(self) -> str:
-        whole = self.model
+    def _reference_fingerprint(self) -> dict[str, str]:
+        whole, args = self.model, self.args
         role = whole.reference_role if whole.reference is None else None
-        return model_fingerprint(whole.reference if whole.reference is not None else whole.policy, role)
+        model = whole.reference if whole.reference is not None else whole.policy
+        autocast = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        return {"model": model_fingerprint(model, role), "precision": f"{model.dtype}, {autocast} autocast"}
 
     def _reference_columns(self, dataset: Dataset, where: str) -> dict[str, list[float]]:
         if self.model.reference is None and self.model.reference_role is None:
@@ -198,6 +209,8 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
                 "ref_log_probs_path, which the run under ZeRO-3 then reads, or turn it off."
             )
         args, world = self.args, self.accelerator.num_processes
+        if self.is_deepspeed_enabled and not getattr(self.model.policy, "is_quantized", False):
+            self.model.to(args.device)  # DeepSpeed does so itself, but not before training
         size = args.per_device_train_batch_size if where == "train" else args.per_device_eval_batch_size
         own = range(self.accelerator.process_index, len(dataset), world)
         loader = DataLoader(dataset.select(own), args.precompute_ref_batch_size or size, collate_fn=self._collate)
@@ -234,9 +247,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
             loss = losses.sum() / self._step_examples * self.accelerator.num_processes
             loss = self.with_auxiliary(loss)
-            batch, whole = self.completions(inputs), inputs["input_ids"].numel()
-            packed = packs(self.accelerator.unwrap_model(model).policy)
-            self.metrics["train"].add("tokens_saved", whole - len(batch.packed.tokens) if packed else 0, whole)
+            self._count_tokens(model, inputs)
         else:
             loss = losses.mean()
             rows = rows | {"loss": (losses, torch.ones_like(losses))}
@@ -248,6 +259,12 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             self.metrics["train" if training else "eval"].add(name, sums[2 * i], sums[2 * i + 1])
         return (loss, {}) if return_outputs else loss
 
+    def _count_tokens(self, model, inputs: dict[str, torch.Tensor]) -> None:
+        padded, examples = inputs["input_ids"].numel(), len(inputs["input_ids"]) // len(self.columns)
+        packed = inputs["prompt_lengths"][:examples].sum() + inputs["completion_lengths"].sum()
+        saved = padded - packed if packs(self.accelerator.unwrap_model(model).policy) else 0
+        self.metrics["train"].add("tokens_saved", saved, padded)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -257,22 +274,49 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         """The metrics of training on held-out data, exact over all of it."""
         eval_dataset = eval_dataset if isinstance(eval_dataset, str) else self._tokenized(eval_dataset, "eval_dataset")
         if self.needs_reference and self.args.precompute_ref_log_probs and isinstance(eval_dataset, Dataset | dict):
-            eval_dataset = self._each(eval_dataset, self._with_reference, metric_key_prefix)
+            eval_dataset = self._each(eval_dataset, partial(self._with_reference, keep=False), metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        displacement, patience = logs.get("logps/chosen_displacement"), self.args.displacement_patience
-        if displacement is None or not patience or self._told:
-            return
-        self._fallen_steps = self._fallen_steps + max(1, round(self.state.logging_steps)) if displacement < 0 else 0
-        if self._fallen_steps >= patience:
-            self._told = True
+        fallen = self.displacement.update(logs.get("logps/chosen_displacement"), self.state.global_step)
+        if (
+            self.args.displacement_patience
+            and fallen >= self.args.displacement_patience
+            and not self.displacement.told
+        ):
+            self.displacement.told = True
+            by, step = -logs["logps/chosen_displacement"], self.state.global_step
             warnings.warn(
-                f"For {patience} steps the chosen answers have been less likely than at the start (by "
-                f"{-displacement:.3g} nats each at step {self.state.global_step}): likelihood moves to other answers. "
-                "Raise beta, lower the learning rate, or add a language-modelling loss on the chosen answers (ORPO "
-                "has one).",
+                f"For {fallen} steps the chosen answers have been less likely than at the start (by {by:.3g} nats at "
+                f"step {step}): likelihood moves to answers that are neither. Raise beta, lower the learning rate, or "
+                "add a language-modelling loss on the chosen answers (docs/preference.md).",
                 UserWarning,
                 stacklevel=2,
             )
+
+
+class Displacement:
+    """For how many steps the chosen answers have been less likely than at the start.
+
+    Attributes:
+        baseline: mean log-prob per token of the first logged steps, for objectives without a reference.
+    """
+
+    def __init__(self):
+        self.baseline: float | None = None
+        self.fallen_from: int | None = None
+        self.told = False
+
+    def update(self, displacement: float | None, step: int) -> int:
+        if displacement is not None and displacement >= 0:
+            self.fallen_from = None
+        elif displacement is not None and self.fallen_from is None:
+            self.fallen_from = step
+        return 0 if self.fallen_from is None else step - self.fallen_from
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from lifecycle_hf.data.schemas import detect, to_preference, to_unpaired
 from lifecycle_hf.data.tokenize import tokenize_pairs, tokenize_unpaired
@@ -59,7 +60,7 @@ class KTOTrainer(CompletionTrainer):
     config_class = KTOConfig
     columns = ("completion_ids",)
     ref_columns = ("ref_logps",)
-    scalar_columns = ("label",)
+    extra_columns = ("label",)
     card_objective = (
         "KTO: λ_D·(1 − σ(β(h − z₀))) for desirable answers, λ_U·(1 − σ(β(z₀ − h))) for others, h = log π − log π_ref."
     )
@@ -70,7 +71,7 @@ class KTOTrainer(CompletionTrainer):
         args = KTOConfig("output/kto") if args is None else args
         self._mismatched = args.reference_point == "mismatched"
         if self._mismatched:
-            self.ref_columns = ("ref_logps", "ref_KL_logps")
+            self.ref_columns, self.extra_columns = ("ref_logps", "ref_KL_logps"), ("label", f"{KL}completion_ids")
         super().__init__(model, ref_model, args, **kwargs)
         self._micro_steps, self._logratios = 0, torch.zeros(2, dtype=torch.float64)
         self._running, self._z0 = RunningReference(), 0.0
@@ -85,7 +86,9 @@ class KTOTrainer(CompletionTrainer):
             rows = rows.map(_unpair, batched=True, remove_columns=rows.column_names)
         else:
             rows = tokenize_unpaired(to_unpaired(dataset, where), where=where, **self._tokenizing)
-        return _with_mismatched(rows, self.args.seed, where) if self._mismatched else rows
+        if self._mismatched:
+            rows = with_mismatched(rows, seed=self.args.seed, max_length=self.args.max_length, where=where)
+        return rows.remove_columns("prompt_key")
 
     def prepare_train(self, dataset: Dataset) -> Dataset:
         """Checks that there are answers of both classes; tells once where their weights are out of balance."""
@@ -108,7 +111,7 @@ class KTOTrainer(CompletionTrainer):
         return dataset
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        out = super()._collate(rows)
+        out = super()._collate(rows) | {"label": torch.tensor([row["label"] for row in rows])}
         return out | self._pack(rows, (f"{KL}completion_ids",), KL) if self._mismatched else out
 
     def reference_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -168,10 +171,10 @@ class KTOTrainer(CompletionTrainer):
         z0 = self._z0
         if not self.model.training:
             if self._held_out_z0 is None and self._mismatched:
-                batches = self.get_eval_dataloader(
-                    self._held_out
-                )  # one of its own: a loader counts its rows in itself
-                self._held_out_z0 = self._mismatched_mean(model, batches, held_out=True)
+                # A loader of its own, since a loader counts its rows in itself.
+                loader = DataLoader(self._held_out, args.per_device_eval_batch_size, collate_fn=self._collate)
+                loader = self.accelerator.prepare_data_loader(loader)
+                self._held_out_z0 = self._mismatched_mean(model, loader, held_out=True)
             z0 = self._held_out_z0 if self._mismatched else max(0.0, self._running.mean)
         known = "ref_logps" in inputs
         out = model(batch, want=("logprobs", "entropy", *(() if known else ("ref_logprobs",))))
@@ -204,34 +207,35 @@ class KTOTrainer(CompletionTrainer):
 def _unpair(rows: dict[str, list]) -> dict[str, list]:
     """Tokenised pairs as answers: the chosen ones, then the rejected ones."""
     n = len(rows["prompt_ids"])
-    out = {
-        "prompt_ids": rows["prompt_ids"] * 2,
-        "completion_ids": rows["chosen_ids"] + rows["rejected_ids"],
-        "label": [True] * n + [False] * n,
-    }
+    out = {name: rows[name] * 2 for name in ("prompt_ids", "prompt_key")}
+    out |= {"completion_ids": rows["chosen_ids"] + rows["rejected_ids"], "label": [True] * n + [False] * n}
     if "ref_chosen_logps" in rows:
         out["ref_logps"] = rows["ref_chosen_logps"] + rows["ref_rejected_logps"]
     return out
 
 
-def _with_mismatched(dataset: Dataset, seed: int, where: str) -> Dataset:
-    """`dataset` with "KL_completion_ids": the answer of the next row with another prompt, in a shuffled order.
+def with_mismatched(dataset: Dataset, *, seed: int, max_length: int | None, where: str) -> Dataset:
+    """`dataset` with "KL_completion_ids": the answer of the next row with another prompt, in a shuffled order, cut to
+    `max_length` tokens with the prompt it is put under. A column "ref_logps", which lacks theirs, goes.
 
     Raises:
         ValueError: all rows have the same prompt.
     """
-    prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
-    if len(set(prompts)) < 2:
+    keys, n = dataset["prompt_key"][:], len(dataset)
+    if len(set(keys)) < 2:
         raise ValueError(
-            f"{where}: all {len(dataset)} rows have the same prompt, so no answer can be put under another one: set "
+            f"{where}: all {n} rows have the same prompt, so no answer can be put under another one: set "
             "reference_point='running_mean'."
         )
-    order = shuffled(len(dataset), seed)
-    partner = [0] * len(order)
-    for place, row in enumerate(order):
-        step = 1
-        while prompts[order[(place + step) % len(order)]] == prompts[row]:
-            step += 1
-        partner[row] = order[(place + step) % len(order)]
-    completions = dataset["completion_ids"]
-    return dataset.add_column(f"{KL}completion_ids", [completions[other] for other in partner])
+    order, partner = shuffled(n, seed), [0] * n
+    other = order[0]
+    for place in reversed(range(2 * n)):  # around twice, as the last rows look on from the start
+        row, following = order[place % n], order[(place + 1) % n]
+        other = following if keys[following] != keys[row] else other
+        partner[row] = other
+    completions, prompts = dataset["completion_ids"][:], dataset["prompt_ids"][:]
+    room = [None if max_length is None else max_length - len(prompt) for prompt in prompts]
+    mismatched = [completions[other][:most] for other, most in zip(partner, room, strict=True)]
+    if "ref_logps" in dataset.column_names:
+        dataset = dataset.remove_columns("ref_logps")
+    return dataset.add_column(f"{KL}completion_ids", mismatched)

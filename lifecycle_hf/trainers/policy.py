@@ -60,6 +60,18 @@ class PolicyAndReference(nn.Module):
         return self.shared.role(role) if self.shared is not None else nullcontext()
 
     @property
+    def frozen(self) -> list[nn.Module]:
+        """Modules of their own that never train."""
+        return [] if self.reference is None else [self.reference]
+
+    def train(self, mode: bool = True):
+        """As in torch; what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    @property
     def checkpointed(self) -> list[nn.Module]:
         """The models that gradient checkpointing is for."""
         return [self.policy]
@@ -82,8 +94,8 @@ class PolicyAndReference(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Computes what `want` names.
 
-        "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`. "prompt_logprobs": [B], see
-        [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
+        "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`; "entropy_gradient" gives the entropies one.
+        "prompt_logprobs": [B], see [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
         """
         out = {}
         if "ref_logprobs" in want:  # before the policy, whose activations are kept from its forward on
@@ -93,7 +105,8 @@ class PolicyAndReference(nn.Module):
         if self.shared is not None:
             self.shared.activate(self.policy_role)
         if "logprobs" in want:
-            extra = {"entropy": "entropy" in want, "prompts": "prompt_logprobs" in want}
+            extra = {name: name in want for name in ("entropy", "entropy_gradient")}
+            extra["prompts"] = "prompt_logprobs" in want
             scores = completion_logprobs(self.policy, batch, temperature=temperature, **extra)
             out |= {name: value for name, value in scores._asdict().items() if value is not None}
         if "texts" in want:

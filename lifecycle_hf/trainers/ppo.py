@@ -219,7 +219,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         completions = Completions(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
         critic, mask = "values" in batch, completions.mask
         want = ("logprobs", *(("values",) if critic else ()), *(("texts",) if texts is not None else ()))
-        want += ("entropy",) if args.entropy_coef > 0 else ()
+        want += ("entropy", "entropy_gradient") if args.entropy_coef > 0 else ()
         out = model(completions, texts, want=want, temperature=args.temperature)
         policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
         total = policy

@@ -123,7 +123,7 @@ class PreferenceTrainer(CompletionTrainer):
 
     Metrics, means over pairs (with the prefix `eval_` on held-out ones): `rewards/chosen`, `rewards/rejected` (β·h;
     β·p̄ without a reference), `rewards/margins`, `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums),
-    `logps/chosen_displacement` (h_w; without a reference, in training, p̄_w less its mean in the first step), `entropy`
+    `logps/chosen_displacement` (h_w; without a reference, in training, p̄_w less what was logged first), `entropy`
     (per token of the completions), `tokens_saved` (share of the padded batch's tokens that packing spares the model).
 
     Args:
@@ -143,7 +143,7 @@ class PreferenceTrainer(CompletionTrainer):
         *(f.name for f in fields(PreferenceConfig) if f.name in PreferenceConfig.__annotations__),
     )
 
-    def __init__(self, *given, objective: str | PairedObjective | None = None, **kwargs):
+    def __init__(self, model, ref_model=None, args: PreferenceConfig | None = None, *, objective=None, **kwargs):
         objective = self.objective if objective is None else objective
         if isinstance(objective, str):
             if objective not in OBJECTIVES:
@@ -151,17 +151,17 @@ class PreferenceTrainer(CompletionTrainer):
             objective = OBJECTIVES[objective]
         self.objective, self.needs_reference = objective, objective.reference
         self.card_objective, self.card_paper = objective.formula, objective.paper
-        self._first_chosen: float | None = None
-        super().__init__(*given, **kwargs)
-        self._check_options()
+        if args is not None:
+            self._check_options(args)
+        super().__init__(model, ref_model, args, **kwargs)
 
-    def _check_options(self) -> None:
+    def _check_options(self, args: PreferenceConfig) -> None:
         known = {name for row in OBJECTIVES.values() for name in row.options}
         for option in fields(PreferenceConfig):
-            value = getattr(self.args, option.name)
+            value = getattr(args, option.name)
             if option.name in known - set(self.objective.options) and value != option.default:
                 raise ValueError(f"{option.name}={value} is set, but this objective does not read it: leave it out.")
-        if self.args.precompute_ref_log_probs and not self.needs_reference:
+        if args.precompute_ref_log_probs and not self.needs_reference:
             raise ValueError("precompute_ref_log_probs is on, but this objective has no reference: turn it off.")
 
     def tokenize(self, dataset: Dataset, where: str) -> Dataset:
@@ -189,14 +189,11 @@ class PreferenceTrainer(CompletionTrainer):
         beta, one = self.args.beta, torch.ones_like(pairs.chosen_logps)
         if self.needs_reference:
             chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
-            displacement = pairs.chosen_logratios
+            displacement = {"logps/chosen_displacement": (pairs.chosen_logratios, one)}
         else:
             chosen, rejected = beta * pairs.chosen_mean_logps, beta * pairs.rejected_mean_logps
-            if self._first_chosen is None and self.model.training:
-                self._first_chosen = self.accelerator.gather(pairs.chosen_mean_logps).mean().item()
-            displacement = pairs.chosen_mean_logps - (self._first_chosen or 0.0)
-        told = self.needs_reference or self.model.training
-        return ({"logps/chosen_displacement": (displacement, one)} if told else {}) | {
+            displacement = {}
+        return displacement | {
             "rewards/chosen": (chosen, one),
             "rewards/rejected": (rejected, one),
             "rewards/margins": (chosen - rejected, one),
@@ -205,6 +202,15 @@ class PreferenceTrainer(CompletionTrainer):
             "logps/rejected": (pairs.rejected_logps, one),
             "entropy": (sum(entropies), pairs.chosen_lengths + pairs.rejected_lengths),
         }
+
+    def reduced_metrics(self, kind: str) -> dict[str, float]:
+        means = super().reduced_metrics(kind)
+        if kind == "train" and not self.needs_reference and "rewards/chosen" in means:
+            mean_logp = means["rewards/chosen"] / self.args.beta
+            if self.displacement.baseline is None:
+                self.displacement.baseline = mean_logp
+            means["logps/chosen_displacement"] = mean_logp - self.displacement.baseline
+        return means
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -203,7 +203,12 @@ def test_unpaired_transcripts_become_chats(tokenizer):
     got = unpaired([{"prompt": HH, "completion": "Yes", "label": False}], tokenizer).to_list()
     expected = pairs([{"prompt": LONGER, "chosen": say("Yes"), "rejected": say("No")}], tokenizer)[0]
     assert got == [
-        {"prompt_ids": expected["prompt_ids"], "completion_ids": expected["chosen_ids"], "label": False},
+        {
+            "prompt_ids": expected["prompt_ids"],
+            "prompt_key": expected["prompt_key"],
+            "completion_ids": expected["chosen_ids"],
+            "label": False,
+        }
     ]
 
 
@@ -231,7 +236,7 @@ def test_log_probs_of_the_reference_stay(tokenizer):
         "ref_rejected_logps": -2.0,
     }
     got = pairs([row | {"margin": 1.0}, row | {"chosen": " no"}, row], tokenizer)
-    assert got.column_names == [*PAIR_IDS, "ref_chosen_logps", "ref_rejected_logps"]
+    assert got.column_names == [PAIR_IDS[0], "prompt_key", *PAIR_IDS[1:], "ref_chosen_logps", "ref_rejected_logps"]
     assert (list(got["ref_chosen_logps"]), list(got["ref_rejected_logps"])) == ([-1.5] * 2, [-2.0] * 2)
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from preference_setting import ANSWERS, OPTIONS, PAIRS, logged, trainer
 
 from lifecycle_hf import KTOTrainer
-from lifecycle_hf.trainers.kto import RunningReference, _with_mismatched
+from lifecycle_hf.trainers.kto import RunningReference, with_mismatched
 
 
 def run_kto(tiny_llama, tmp_path, dataset=ANSWERS, trainer_options=None, **options):
@@ -81,6 +81,7 @@ def test_loss_trajectory_is_that_of_trl_on_the_same_mismatched_answers(tiny_llam
         train_dataset=ANSWERS,
         processing_class=tokenizer,
     )
+    assert max(len(r["prompt_ids"]) + len(r["KL_completion_ids"]) for r in theirs.train_dataset) < 64
     rows = theirs.train_dataset.select_columns(["prompt_ids", "completion_ids", "KL_completion_ids", "label"])
     options = {"max_steps": 6, "undesirable_weight": 1.2, "train_sampling_strategy": "sequential"}
     ours = run_kto(tiny_llama, tmp_path, rows, **options)
@@ -93,13 +94,25 @@ def test_loss_trajectory_is_that_of_trl_on_the_same_mismatched_answers(tiny_llam
     "prompts", [["a", "b"], ["a", "a", "b"], list("aabbbccd"), list("aaaaaaab"), list("abcdefgh")]
 )
 def test_no_example_is_paired_with_its_own_prompt(prompts):
-    rows = [{"prompt_ids": [ord(p)], "completion_ids": [i], "label": True} for i, p in enumerate(prompts)]
+    rows = [
+        {"prompt_ids": [0], "prompt_key": p, "completion_ids": [i, i, i], "ref_logps": -1.0}
+        for i, p in enumerate(prompts)
+    ]
     for seed in range(5):
-        made = _with_mismatched(Dataset.from_list(rows), seed, "train_dataset")
-        assert made["completion_ids"] == [[i] for i in range(len(prompts))]
+        made = with_mismatched(Dataset.from_list(rows), seed=seed, max_length=3, where="train_dataset")
+        assert made["completion_ids"] == [[i, i, i] for i in range(len(prompts))]
+        assert "ref_logps" not in made.column_names  # without those of the mismatched answers
         for row in made:
-            (other,) = row["KL_completion_ids"]
-            assert prompts[other] != chr(row["prompt_ids"][0])
+            other, again = row["KL_completion_ids"]  # 3 less the prompt's token
+            assert prompts[other] != row["prompt_key"] and again == other
+
+
+def test_a_prompt_cut_short_by_merged_tokens_is_still_the_same_prompt(tiny_llama, tmp_path):
+    rows = [
+        {"prompt": "Please", "completion": text, "label": i % 2 == 0} for i, text in enumerate((" tell", "tell", "s"))
+    ]
+    with pytest.raises(ValueError, match="all 3 rows have the same prompt"):
+        run_kto(tiny_llama, tmp_path, Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize("reference_point", ["mismatched", "running_mean"])

@@ -1,6 +1,8 @@
 """DPO, IPO, ORPO and an objective of one's own: numbers of the trainers, TRL's where the definitions agree."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,28 +10,24 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from preference_setting import OPTIONS, PAIRS, logged, trainer
+from transformers import BitsAndBytesConfig
 from trl.experimental.orpo import ORPOConfig as PeerORPOConfig
 from trl.experimental.orpo import ORPOTrainer as PeerORPOTrainer
 
 from lifecycle_hf import DPOTrainer, IPOTrainer, ORPOTrainer, PreferenceTrainer
 from lifecycle_hf.trainers import preference
-from lifecycle_hf.trainers.preference import OBJECTIVES, PairedObjective
 
 close = torch.testing.assert_close
+DOCS = Path(__file__).parents[2] / "docs" / "preference.md"
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
 
 
-def simpo_loss(chosen_mean_logps, rejected_mean_logps, *, beta, gamma):
-    """−log σ(β(p̄_w − p̄_l) − γ)."""
-    return -torch.nn.functional.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
-
-
-SIMPO = PairedObjective(
-    lambda pairs, args: simpo_loss(pairs.chosen_mean_logps, pairs.rejected_mean_logps, beta=args.beta, gamma=0.5),
-    "SimPO: −log σ(β(p̄_w − p̄_l) − γ).",
-    ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"),
-    reference=False,
-)
+@pytest.fixture
+def simpo(monkeypatch):
+    """The objective that docs/preference.md adds to the table, as it stands there."""
+    monkeypatch.setattr(preference, "OBJECTIVES", dict(preference.OBJECTIVES))
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    exec(next(block for block in blocks if "simpo_loss" in block), {})
 
 
 def log_sigmoid(x):
@@ -66,13 +64,12 @@ def sums_by_hand(model, row):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_loss_is_that_of_the_formula(tiny_llama, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(OBJECTIVES, "simpo", SIMPO)
+def test_loss_is_that_of_the_formula(tiny_llama, tmp_path, simpo, name):
     make_model, _ = tiny_llama
     options, formula = EXPECTED[name]
     objective = name.split()[0]
     given = {"objective": objective, "eval_dataset": PAIRS}
-    if OBJECTIVES[objective].reference:
+    if preference.OBJECTIVES[objective].reference:
         given["ref_model"] = make_model(seed=1)
     run = trainer(
         tiny_llama, tmp_path, PreferenceTrainer, beta=0.3, learning_rate=0.0, trainer_options=given, **options
@@ -295,12 +292,44 @@ def test_auxiliary_loss_is_added_once_per_step(tiny_llama, tmp_path):
 
 def test_a_long_fall_of_the_chosen_likelihood_is_told_once(tiny_llama, tmp_path):
     run = trainer(tiny_llama, tmp_path, max_steps=6, displacement_patience=3)
-    run.add_auxiliary_loss("unlikely", lambda policy: policy.lm_head.weight.square().sum() * 0)
     run.log({"logps/chosen_displacement": 0.5})
-    with pytest.warns(UserWarning, match="For 3 steps the chosen answers have been less likely") as seen:
-        for _ in range(8):
+    with pytest.warns(UserWarning, match="For 4 steps the chosen answers have been less likely") as seen:
+        for step in range(0, 16, 2):  # logged every other step, below zero from step 0 on
+            run.state.global_step = step
             run.log({"logps/chosen_displacement": -0.5})
     assert len([w for w in seen if "less likely" in str(w.message)]) == 1
+    run.state.global_step = 17
+    run.log({"logps/chosen_displacement": 0.5})
+    assert run.displacement.state_dict() == {"baseline": None, "fallen_from": None, "told": True}
+
+
+def test_displacement_without_a_reference_counts_from_what_was_logged_first(tiny_llama, tmp_path):
+    run = trainer(
+        tiny_llama, tmp_path, ORPOTrainer, max_steps=4, logging_steps=2, beta=0.5, per_device_train_batch_size=8
+    )
+    run.train()
+    first, second = logged(run, "rewards/chosen")  # beta times the mean log-prob per token
+    assert logged(run, "logps/chosen_displacement") == pytest.approx([0, 2 * (second - first)], abs=1e-6)
+
+
+def test_reference_stays_in_eval_mode_with_dropout_on(tiny_llama, tmp_path):
+    model = tiny_llama[0](attention_dropout=0.5)
+    run = trainer(tiny_llama, tmp_path, model=model, max_steps=2, disable_dropout=False, learning_rate=0.0)
+    run.train()
+    assert run.model.policy.training and not run.model.reference.training
+    assert logged(run, "loss")[0] != pytest.approx(math.log(2), abs=1e-4)  # dropout is on in the policy
+    with pytest.raises(ValueError, match="ref_model is the model that trains"):
+        trainer(tiny_llama, tmp_path, model=model, trainer_options={"ref_model": model})
+
+
+def test_qlora_starts_at_ln_2_and_learns(tiny_llama, tmp_path):
+    tiny_llama[0](hidden_size=64).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    given = {"quantization_config": nf4, "peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    run = trainer(tiny_llama, tmp_path, model=str(tmp_path / "base"), max_steps=8, trainer_options=given)
+    run.train()
+    assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(run, "rewards/margins")[-1] > 0.05 and logged(run, "tokens_saved")[0] > 0
 
 
 def test_share_of_tokens_saved(tiny_llama, tmp_path):
@@ -323,8 +352,7 @@ def test_metrics_of_several_held_out_sets_are_exact(tiny_llama, tmp_path):
         assert whole[f"eval_{name}"] == pytest.approx(mixed, rel=1e-5, abs=1e-6)
 
 
-def test_simpo_is_one_function_and_one_row(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(preference.OBJECTIVES, "simpo", SIMPO)
+def test_simpo_is_one_function_and_one_row(tiny_llama, tmp_path, simpo):
     run = trainer(tiny_llama, tmp_path, PreferenceTrainer, trainer_options={"objective": "simpo"}, max_steps=6)
     run.train()
     assert run.model.reference is None and logged(run, "loss")[-1] < logged(run, "loss")[0]

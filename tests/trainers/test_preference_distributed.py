@@ -17,7 +17,8 @@ NAMES = ("dpo", "dpo_lora", "kto", "orpo")
 def base(tiny_llama, tmp_path_factory):
     make_model, tokenizer = tiny_llama
     path = tmp_path_factory.mktemp("base")
-    make_model().save_pretrained(path), tokenizer.save_pretrained(path)
+    # A head of so many weights that ZeRO-3 shards it.
+    make_model(hidden_size=288).save_pretrained(path), tokenizer.save_pretrained(path)
     return path
 
 
@@ -68,4 +69,6 @@ def check_saved(name, got, expected):
     weights, others = (auto.from_pretrained(folder).state_dict() for folder in (got, expected))
     assert weights.keys() == others.keys()
     for key, weight in weights.items():
-        torch.testing.assert_close(weight, others[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            weight, others[key], rtol=1e-3, atol=1e-3
+        )  # Adam makes much of the smallest gradients
