@@ -319,14 +319,17 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
 
 
 def train_and_report(trainer, script_args, model_args):
-    """Train (or resume), keep everything, draw what was measured on the way and print the closing table."""
+    """Train (or resume), draw what was measured on the way, keep everything and print the closing table."""
     trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     report = trainer.tax_report
+    if report and trainer.is_world_process_zero():
+        try:  # before the push, and never at the cost of the model
+            plot_history(trainer.state.log_history, Path(trainer.args.output_dir) / "training.png")
+        except ValueError as error:
+            print(f"No picture: {error}")
     finish(trainer, script_args, model_args, report.to_json() if report else {})
     if report:
-        if trainer.is_world_process_zero():
-            plot_history(trainer.state.log_history, Path(trainer.args.output_dir) / "training.png")
         trainer.accelerator.print(report.to_terminal())
     trainer.accelerator.print(f"Model, report.json and pictures are in {trainer.args.output_dir}")
 
