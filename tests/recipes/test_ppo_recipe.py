@@ -19,7 +19,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
     [
         "cpu_ddp",
         pytest.param("cpu_zero2", marks=[needs_deepspeed, pytest.mark.slow]),
-        pytest.param("cpu_zero3", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", marks=[needs_deepspeed, pytest.mark.slow]),
     ],
 )
 def test_embedded_default_runs_on_two_processes(config, tmp_path):
