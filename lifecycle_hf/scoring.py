@@ -17,13 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
+from lifecycle_hf.models.lm_head import head_logprobs, read_head
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-"""Entries of the logits that exist at a time."""
 PROBE_PROMPT, PROBE_COMPLETIONS = 12, (7, 5)
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 PROBE_TOLERANCE_HALF, PROBE_LEAK = 0.05, 1e-5
@@ -172,37 +170,6 @@ class Scores(NamedTuple):
     prompt_logprobs: torch.Tensor | None = None
 
 
-def token_logprobs(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    entropy_gradient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of `tokens` under softmax(logits / temperature) and, on request, the entropies, in fp32 and nats.
-
-    Naively: `log_softmax(logits.float() / temperature, -1).gather(-1, tokens[..., None])[..., 0]`.
-
-    Args:
-        logits: [..., V].
-        tokens: [...], int64.
-        entropy_gradient: whether the entropies have a gradient, which a metric does not need.
-
-    Returns:
-        (log-probs [...], entropies [...] or None).
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits if temperature == 1.0 else logits / temperature
-    log_normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, tokens[..., None])[..., 0] - log_normaliser
-    if not entropy:
-        return logprobs, None
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        table = logits - log_normaliser[..., None]  # first, lest rounding be multiplied by the size of the logits
-        return logprobs, -(table.exp() * table).sum(-1)
-
-
 def completion_logprobs(
     model: nn.Module,
     batch: Completions,
@@ -233,17 +200,8 @@ def completion_logprobs(
         steps = torch.arange(inner.shape[1], device=mask.device)
         places = torch.cat([places, (layout.prompt_starts[:, None] + steps)[inner]])
         tokens = torch.cat([tokens, batch.input_ids.roll(-1, 1)[inner]])
-    size = max(1, CHUNK_LOGITS.get(states.device.type, 2**26) // base.config.get_text_config().vocab_size)
-    logprobs, entropies = _chunked(
-        _read_head(base) if fused else nn.Identity(),
-        size,
-        states[places],
-        tokens,
-        sharded=fused and hasattr(next(base.parameters()), "ds_id"),
-        temperature=temperature,
-        entropy=entropy,
-        entropy_gradient=entropy_gradient,
-    )
+    options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
+    logprobs, entropies = head_logprobs(base if fused else None, states[places], tokens, **options)
     n = int(mask.sum())
 
     def spread(values):
@@ -352,10 +310,10 @@ def _packs_truly(backbone: nn.Module) -> bool:
 
 
 def _head_is_known(base: nn.Module) -> bool:
-    """Whether the logits are what [`_read_head`] makes of the last hidden states."""
+    """Whether the logits are what [`read_head`] makes of the last hidden states."""
     batch = _probe_batch(base)
     _, states = _run(base.base_model, batch, "last_hidden_state", packed=False)
-    return _alike(_read_head(base)(states), _run(base, batch, "logits", packed=False)[1], base)
+    return _alike(read_head(base)(states), _run(base, batch, "logits", packed=False)[1], base)
 
 
 def _probe_batch(module: nn.Module, first: int = 0) -> Completions:
@@ -375,34 +333,3 @@ def _alike(got: torch.Tensor, expected: torch.Tensor, module: nn.Module) -> bool
     tolerance = PROBE_TOLERANCE.get(exact, PROBE_TOLERANCE_HALF)
     got, expected = got.double(), expected.double()
     return bool((got - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def _read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hidden states to logits: the model's output embeddings, then the scaling that its config names."""
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def read(hidden):
-        logits = head(hidden)
-        logits = logits if scale == 1 else logits * scale
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return read
-
-
-def _chunked(read, size: int, states: torch.Tensor, tokens: torch.Tensor, sharded: bool, **options):
-    """`token_logprobs` of read(states) [M, V], of which `size` rows at a time exist, in the backward pass too."""
-
-    def score(states, tokens):
-        return token_logprobs(read(states), tokens, **options)
-
-    chunks = torch.tensor(-(-len(states) // size), device=states.device)
-    if sharded:  # each call of the head gathers its weight from all ranks, so all must make as many
-        torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
-    parts = []
-    for part in zip(states.tensor_split(int(chunks)), tokens.tensor_split(int(chunks)), strict=True):
-        keep = torch.is_grad_enabled()
-        parts.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) if keep else score(*part))
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if options["entropy"] else None

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from lifecycle_hf import scoring
+from lifecycle_hf.models.lm_head import CHUNK_LOGITS, token_logprobs
 from lifecycle_hf.models.loading import load_causal_lm
-from lifecycle_hf.scoring import Completions, completion_hidden_states, completion_logprobs, token_logprobs
+from lifecycle_hf.scoring import Completions, completion_hidden_states, completion_logprobs
 
 close = torch.testing.assert_close
 SMOLLM2 = Path(os.environ.get("LIFECYCLE_HF_SMOLLM2", "/tmp/smollm/model"))
@@ -190,11 +191,11 @@ def test_packed_equals_padded_equals_one_row_at_a_time(name, forest):
     check(padded, exact, prompts, completions)
 
 
-def test_a_shared_prompt_is_encoded_and_scored_once_and_nothing_is_padded():
-    model, seen, read = tiny("llama"), [], []
+def test_a_shared_prompt_is_encoded_and_scored_once_and_nothing_is_padded(monkeypatch):
+    model, seen, read, head = tiny("llama"), [], [], scoring.head_logprobs
     completion_logprobs(model, example())
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
-    model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
+    monkeypatch.setattr(scoring, "head_logprobs", lambda b, x, *a, **k: read.append(x.shape) or head(b, x, *a, **k))
     completion_logprobs(model, example(), prompts=True)
     assert seen == [
         [PROMPTS[0] + COMPLETIONS[0] + COMPLETIONS[2] + PROMPTS[1] + COMPLETIONS[1] + PROMPTS[3] + COMPLETIONS[3]]
@@ -330,7 +331,7 @@ def test_head_in_chunks_gives_the_scores_and_gradients_of_a_whole_one(monkeypatc
         completion_logprobs(model, example(), entropy=True, entropy_gradient=True),
         gradients(model, weights, example()),
     )
-    monkeypatch.setitem(scoring.CHUNK_LOGITS, "cpu", rows * VOCAB)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", rows * VOCAB)
     calls = []
     model.lm_head.register_forward_hook(lambda module, args, output: calls.append(output.shape))
     chunked = completion_logprobs(model, example(), entropy=True, entropy_gradient=True)
@@ -356,7 +357,7 @@ class LargestLogits(TorchDispatchMode):
 @pytest.mark.parametrize("path", [silence, padding])
 def test_logits_of_all_tokens_never_exist(monkeypatch, path):
     model = tiny("llama").train()  # the weight of its head, 32 × 97, is smaller than a chunk, 40 × 97
-    monkeypatch.setitem(scoring.CHUNK_LOGITS, "cpu", 40 * VOCAB)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 40 * VOCAB)
     batch = Completions.from_lists([[5] * 10] * 6, [[6] * 30] * 6, 0, groups=[0] * 6)
     saved = []
     with path(), LargestLogits() as seen:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lifecycle_hf import DPOTrainer, KTOTrainer, ORPOTrainer
-from lifecycle_hf.scoring import CHUNK_LOGITS
+from lifecycle_hf.models.lm_head import CHUNK_LOGITS
 
 CHUNK_LOGITS["cpu"] = 384 * 3  # so that the ranks have different numbers of chunks
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]

@@ -1,0 +1,165 @@
+"""The LM head, read for log-probs: whole logits never exist, a chunk of them at a time does."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+"""Entries of the logits that exist at a time."""
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of `tokens` under softmax(logits / temperature) and, on request, the entropies, in fp32 and nats.
+
+    Naively: `log_softmax(logits.float() / temperature, -1).gather(-1, tokens[..., None])[..., 0]`.
+
+    Args:
+        logits: [..., V].
+        tokens: [...], int64.
+        entropy_gradient: whether the entropies have a gradient, which a metric does not need.
+
+    Returns:
+        (log-probs [...], entropies [...] or None).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if temperature == 1.0 else logits / temperature
+    log_normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, tokens[..., None])[..., 0] - log_normaliser
+    if not entropy:
+        return logprobs, None
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        table = logits - log_normaliser[..., None]  # first, lest rounding be multiplied by the size of the logits
+        return logprobs, -(table.exp() * table).sum(-1)
+
+
+def head_logprobs(
+    base: nn.Module | None,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`token_logprobs` of the logits of last hidden states, by chunks whose logits the backward pass makes anew.
+
+    Args:
+        base: causal LM whose head is read; None where `states` are logits already.
+        states: [M, H].
+        tokens: [M].
+
+    Returns:
+        (log-probs [M], entropies [M] or None).
+    """
+    vocab_size = states.shape[-1] if base is None else base.config.get_text_config().vocab_size
+    size = max(1, CHUNK_LOGITS.get(states.device.type, 2**26) // vocab_size)
+    sharded = base is not None and hasattr(next(base.parameters()), "ds_id")
+    if base is not None and _is_plain(base) and not sharded and not entropy_gradient:
+        weight = base.get_output_embeddings().weight
+        logprobs, entropies = LinearLogProbs.apply(states, weight, tokens, temperature, entropy, size)
+        return logprobs, entropies if entropy else None
+    options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
+    return _chunked(nn.Identity() if base is None else read_head(base), size, states, tokens, sharded, **options)
+
+
+def read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hidden states to logits: the model's output embeddings, then the scaling that its config names."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def read(hidden):
+        logits = head(hidden)
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return read
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether the head is one product and nothing else."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scaled = any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+    return type(head) is nn.Linear and head.bias is None and not scaled
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """`token_logprobs(states @ weight.T, tokens)` by chunks of rows whose logits the backward pass makes anew.
+
+    The same as [`_chunked`] with a plain head, with each chunk worked on in place and the weight's gradient summed in
+    one buffer. The entropies have no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, tokens, temperature, entropy, size):
+        device = states.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        ctx.temperature, ctx.size = temperature, size
+        normalisers, logprobs, entropies = [], [], []
+        for part, wanted in zip(states.split(size), tokens.split(size), strict=True):
+            logits = LinearLogProbs.logits(ctx, part, weight)
+            normalisers.append(logits.logsumexp(-1))
+            table = logits.sub_(normalisers[-1][:, None])
+            logprobs.append(table.gather(-1, wanted[:, None])[:, 0])
+            if entropy:
+                entropies.append(-table.exp().mul_(table).sum(-1))
+        logprobs = torch.cat(logprobs)
+        ctx.save_for_backward(states, weight, tokens, torch.cat(normalisers))
+        entropies = torch.cat(entropies) if entropy else logprobs.new_empty(0)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def logits(ctx, states, weight):
+        """[rows, V] in fp32 (fp64 of fp64 states), at the temperature."""
+        with torch.autocast(states.device.type, enabled=False):
+            logits = states.to(ctx.dtype) @ weight.to(ctx.dtype).T
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if ctx.temperature == 1.0 else logits.div_(ctx.temperature)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        states, weight, tokens, normalisers = ctx.saved_tensors
+        for_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        for_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(states), ctx.size):
+            rows = slice(start, start + ctx.size)
+            # d log p(y) / d logits = 1[y] − softmax(logits)
+            table = LinearLogProbs.logits(ctx, states[rows], weight).sub_(normalisers[rows, None]).exp_()
+            table.mul_(-gradient[rows, None]).scatter_add_(1, tokens[rows, None], gradient[rows, None])
+            table = table.div_(ctx.temperature).to(ctx.dtype)
+            if for_states is not None:
+                for_states[rows] = (table @ weight.to(ctx.dtype)).to(states.dtype)
+            if for_weight is not None and ctx.dtype == exact:
+                for_weight.addmm_(table.T, states[rows].to(exact))
+            elif for_weight is not None:
+                for_weight += table.T @ states[rows].to(ctx.dtype)
+        return for_states, None if for_weight is None else for_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunked(read, size: int, states: torch.Tensor, tokens: torch.Tensor, sharded: bool, **options):
+    """`token_logprobs` of read(states) [M, V], of which `size` rows at a time exist, in the backward pass too."""
+
+    def score(states, tokens):
+        return token_logprobs(read(states), tokens, **options)
+
+    chunks = torch.tensor(-(-len(states) // size), device=states.device)
+    if sharded:  # each call of the head gathers its weight from all ranks, so all must make as many
+        torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+    parts = []
+    for part in zip(states.tensor_split(int(chunks)), tokens.tensor_split(int(chunks)), strict=True):
+        keep = torch.is_grad_enabled()
+        parts.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) if keep else score(*part))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if options["entropy"] else None
