@@ -90,12 +90,6 @@ class Completions:
         rows = length_mask(self.prompt_lengths + self.completion_lengths, self.input_ids.shape[1])
         return self.input_ids[rows & ~length_mask(self.prompt_lengths, self.input_ids.shape[1])]
 
-    def positions(self, extra: int = 0) -> torch.Tensor:
-        """[B, T + extra], the position each completion token is predicted from; padding points at the last token."""
-        steps = torch.arange(int(self.completion_lengths.max()) + extra, device=self.input_ids.device)
-        last = self.prompt_lengths + self.completion_lengths - 1
-        return torch.minimum(self.prompt_lengths[:, None] - 1 + steps, last[:, None])
-
     @cached_property
     def packed(self) -> "Layout":
         """How the batch stands in one row of trees: a prompt, then its completions."""
@@ -135,9 +129,6 @@ class Completions:
         """What the batch consists of, by the names of the fields."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: part for name, part in parts.items() if part is not None}
-
-    def to(self, device) -> "Completions":
-        return Completions(**{name: part.to(device) for name, part in self.tensors().items()})
 
 
 class Layout(NamedTuple):
@@ -190,10 +181,7 @@ def completion_logprobs(
     base, mask = unwrapped(model), batch.mask
     fused = _probed(base, _head_is_known)
     layout, states = _run(base.base_model if fused else base, batch, "last_hidden_state" if fused else "logits")
-    places, tokens = (
-        layout.predictors(batch)[mask],
-        batch.input_ids.flatten()[batch.padded.predictors(batch)[mask] + 1],
-    )
+    places, tokens = layout.predictors(batch)[mask], batch.tokens
     if prompts:
         lead = torch.arange(len(mask), device=mask.device) == batch.leaders
         inner = length_mask(batch.prompt_lengths - 1, batch.input_ids.shape[1]) & lead[:, None]

@@ -1,5 +1,6 @@
 """Run a script in several processes the way the README says: `accelerate launch --config_file ...`."""
 
+import json
 import os
 import shutil
 import socket
@@ -50,6 +51,12 @@ def launch(config_name, script, *args, timeout=900, env=None, cwd=None):
             f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         )
     return done.stdout
+
+
+def results(printed):
+    """{name: what it found} of the lines `RESULT name {...}` that a launched script printed."""
+    lines = [line.split(" ", 2) for line in printed.splitlines() if line.startswith("RESULT ")]
+    return {name: json.loads(found) for _, name, found in lines}
 
 
 def _free_port():

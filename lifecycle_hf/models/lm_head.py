@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lifecycle_hf.models.loading import is_sharded
+
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 """Entries of the logits that exist at a time."""
 
@@ -62,7 +64,7 @@ def head_logprobs(
     """
     vocab_size = states.shape[-1] if base is None else base.config.get_text_config().vocab_size
     size = max(1, CHUNK_LOGITS.get(states.device.type, 2**26) // vocab_size)
-    sharded = base is not None and hasattr(next(base.parameters()), "ds_id")
+    sharded = base is not None and is_sharded(base)
     if base is not None and _is_plain(base) and not sharded and not entropy_gradient:
         weight = base.get_output_embeddings().weight
         logprobs, entropies = LinearLogProbs.apply(states, weight, tokens, temperature, entropy, size)
@@ -71,11 +73,16 @@ def head_logprobs(
     return _chunked(nn.Identity() if base is None else read_head(base), size, states, tokens, sharded, **options)
 
 
+def _scaling(base: nn.Module) -> tuple[float, float | None]:
+    """By how much the config multiplies the head's product, and the cap it then puts on it."""
+    config = base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
 def read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Hidden states to logits: the model's output embeddings, then the scaling that its config names."""
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
+    head, (scale, cap) = base.get_output_embeddings(), _scaling(base)
 
     def read(hidden):
         logits = head(hidden)
@@ -87,9 +94,8 @@ def read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _is_plain(base: nn.Module) -> bool:
     """Whether the head is one product and nothing else."""
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    scaled = any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
-    return type(head) is nn.Linear and head.bias is None and not scaled
+    head = base.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None and _scaling(base) == (1, None)
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -105,8 +111,9 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         ctx.temperature, ctx.size = temperature, size
         normalisers, logprobs, entropies = [], [], []
+        cast = weight.to(ctx.dtype)
         for part, wanted in zip(states.split(size), tokens.split(size), strict=True):
-            logits = LinearLogProbs.logits(ctx, part, weight)
+            logits = LinearLogProbs.logits(ctx, part, cast)
             normalisers.append(logits.logsumexp(-1))
             table = logits.sub_(normalisers[-1][:, None])
             logprobs.append(table.gather(-1, wanted[:, None])[:, 0])
@@ -122,7 +129,7 @@ class LinearLogProbs(torch.autograd.Function):
     def logits(ctx, states, weight):
         """[rows, V] in fp32 (fp64 of fp64 states), at the temperature."""
         with torch.autocast(states.device.type, enabled=False):
-            logits = states.to(ctx.dtype) @ weight.to(ctx.dtype).T
+            logits = states.to(ctx.dtype) @ weight.T
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if ctx.temperature == 1.0 else logits.div_(ctx.temperature)
 
@@ -130,19 +137,21 @@ class LinearLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         states, weight, tokens, normalisers = ctx.saved_tensors
-        for_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        for_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        cast, (for_states, for_weight) = weight.to(ctx.dtype), (None, None)
+        if ctx.needs_input_grad[0]:
+            for_states = torch.empty_like(states)
+        if ctx.needs_input_grad[1]:
+            for_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        upstream = gradient[:, None] / ctx.temperature
         for start in range(0, len(states), ctx.size):
             rows = slice(start, start + ctx.size)
             # d log p(y) / d logits = 1[y] − softmax(logits)
-            table = LinearLogProbs.logits(ctx, states[rows], weight).sub_(normalisers[rows, None]).exp_()
-            table.mul_(-gradient[rows, None]).scatter_add_(1, tokens[rows, None], gradient[rows, None])
-            table = table.div_(ctx.temperature).to(ctx.dtype)
+            table = LinearLogProbs.logits(ctx, states[rows], cast).sub_(normalisers[rows, None]).exp_()
+            table = table.mul_(-upstream[rows]).scatter_add_(1, tokens[rows, None], upstream[rows]).to(ctx.dtype)
             if for_states is not None:
-                for_states[rows] = (table @ weight.to(ctx.dtype)).to(states.dtype)
-            if for_weight is not None and ctx.dtype == exact:
-                for_weight.addmm_(table.T, states[rows].to(exact))
+                for_states[rows] = (table @ cast).to(states.dtype)
+            if for_weight is not None and for_weight.dtype == ctx.dtype:
+                for_weight.addmm_(table.T, states[rows].to(ctx.dtype))
             elif for_weight is not None:
                 for_weight += table.T @ states[rows].to(ctx.dtype)
         return for_states, None if for_weight is None else for_weight.to(weight.dtype), None, None, None, None

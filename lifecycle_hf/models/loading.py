@@ -156,6 +156,24 @@ def prepare_quantized(model):
     return model
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has sharded the parameters, so that each process holds pieces of them."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole(parameter: torch.Tensor, writing: bool = False):
+    """A context in which a parameter that ZeRO-3 has sharded is there as a whole; every process enters it.
+
+    Args:
+        writing: whether what the main process writes into it is kept, for all.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0 if writing else None)
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Switch dropout off for good: in dropout layers, and where another layer keeps its rate as a number."""
     for module in model.modules():

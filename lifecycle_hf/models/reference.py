@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lifecycle_hf.models.loading import load_causal_lm
+from lifecycle_hf.models.loading import is_sharded, load_causal_lm, whole
 from lifecycle_hf.models.shared_base import SharedBase
 
 SAMPLE = 4096
@@ -59,7 +59,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if ZeRO-3 has sharded the model, of which each process could copy its share alone.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError(
             "Under DeepSpeed ZeRO-3 a model that is loaded already can't be copied as reference: pass the model by "
             "its name or path, or pass a ref_model."
@@ -73,7 +73,7 @@ def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
     Args:
         role: of a PeftModel, the adapter that counts, "base" for none: then it is the fingerprint of the plain model.
     """
-    weights = model.state_dict()
+    weights = model.state_dict(keep_vars=True)
     if hasattr(model, "peft_config"):
         adapter = model.base_model.prefix
         weights = {
@@ -83,10 +83,11 @@ def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
         }
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        with whole(tensor):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

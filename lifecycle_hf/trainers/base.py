@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.callbacks import PREFIX
 from lifecycle_hf.trainers.model_card import write_model_card
 
@@ -109,7 +110,7 @@ class LifecycleTrainerMixin:
             ValueError: there is one of that name already, or ZeRO-3 has sharded the parameters, of which the function
                 would see empty pieces.
         """
-        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+        if is_sharded(self.model):
             raise ValueError(f"The auxiliary loss {name!r} does not run under ZeRO-3: use ZeRO-1, ZeRO-2 or DDP.")
         if name in self._auxiliary:
             raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")

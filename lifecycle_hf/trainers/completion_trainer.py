@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
 
-from lifecycle_hf.models.loading import disable_dropout
+from lifecycle_hf.models.loading import disable_dropout, is_sharded
 from lifecycle_hf.models.reference import (
     load_logprobs,
     make_reference,
@@ -203,7 +203,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
                 "The reference's log-probs were computed before training, and its model was let go of: give this "
                 "dataset as eval_dataset from the start, or turn precompute_ref_log_probs off."
             )
-        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+        if is_sharded(self.model):
             raise ValueError(
                 "precompute_ref_log_probs does not run under ZeRO-3: make them in one process with the same "
                 "ref_log_probs_path, which the run under ZeRO-3 then reads, or turn it off."

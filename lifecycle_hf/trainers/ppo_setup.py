@@ -3,7 +3,6 @@
 import copy
 import re
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
     disable_dropout,
     is_adapter,
+    is_sharded,
     load_classifier,
     load_reward_model,
     load_tokenizer,
     read_adapter_notes,
+    whole,
 )
 from lifecycle_hf.models.reference import make_reference
 from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights
@@ -139,9 +140,10 @@ class Builder(PolicyBuilder):
         for reward in reward_models.values():
             alike = isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
             if alike and not isinstance(reward.model, PeftModel):
-                sharded = any(hasattr(p, "ds_id") for p in reward.model.parameters())
-                name = reward.config._name_or_path
-                value = load_classifier(name, init_kwargs=self.init_kwargs) if sharded else copy.deepcopy(reward.model)
+                if is_sharded(reward.model):
+                    value = load_classifier(reward.config._name_or_path, init_kwargs=self.init_kwargs)
+                else:
+                    value = copy.deepcopy(reward.model)
                 return value.requires_grad_(True)
         if isinstance(model, str):
             value = load_classifier(model, init_kwargs=self.policy_kwargs)
@@ -150,7 +152,7 @@ class Builder(PolicyBuilder):
             config.num_labels = 1
             value = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
             value.base_model.load_state_dict(policy.base_model.state_dict())
-        with _whole(value.score.weight):
+        with whole(value.score.weight, writing=True):
             value.score.weight.data.zero_()
         return value
 
@@ -176,15 +178,6 @@ class Builder(PolicyBuilder):
         if reward is not None:
             actor_critic.value_head.linear.weight.data.copy_(reward.weight.data)
             actor_critic.value_head.linear.bias.data.fill_(-reward.center)
-
-
-def _whole(parameter: nn.Parameter):
-    """A context in which a parameter that ZeRO-3 has sharded can be written as a whole."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter], modifier_rank=0)
 
 
 def _unique(name: str, sources: list[RewardSource]) -> str:

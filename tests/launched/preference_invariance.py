@@ -1,9 +1,11 @@
 """Three steps of DPO, KTO and ORPO and an evaluation each; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, path of the base model, then names in RUNS, by commas.
+Arguments: output folder, per-device batch, path of the base model, then names in RUNS, by commas. $KEPT is the folder
+of the reference's log-probs.
 """
 
 import json
+import os
 import sys
 
 from datasets import Dataset
@@ -15,12 +17,13 @@ from lifecycle_hf.models.lm_head import CHUNK_LOGITS
 CHUNK_LOGITS["cpu"] = 384 * 3  # so that the ranks have different numbers of chunks
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-# trainer, adapters, gradient accumulation
+# trainer, adapters, gradient accumulation, whether the reference's log-probs are computed once
 RUNS = {
-    "dpo": (DPOTrainer, None, 2),
-    "dpo_lora": (DPOTrainer, LORA, 1),
-    "kto": (KTOTrainer, None, 2),
-    "orpo": (ORPOTrainer, None, 1),
+    "dpo": (DPOTrainer, None, 2, False),
+    "dpo_cached": (DPOTrainer, None, 1, True),
+    "dpo_lora": (DPOTrainer, LORA, 1, False),
+    "kto": (KTOTrainer, None, 2, False),
+    "orpo": (ORPOTrainer, None, 1, False),
 }
 NAMES = (
     "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -38,12 +41,13 @@ def rows(number, trainer):
 
 
 def run(output, batch, model, name):
-    trainer_class, peft, accumulation = RUNS[name]
+    trainer_class, peft, accumulation, cached = RUNS[name]
+    keep = {"precompute_ref_log_probs": True, "ref_log_probs_path": os.environ["KEPT"]} if cached else {}
     args = trainer_class.config_class(
         output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch), max_steps=3,
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1,
         report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-        activation_checkpointing=peft is not None,
+        activation_checkpointing=peft is not None, **keep,
     )  # fmt: skip
     train, held_out = (Dataset.from_list(rows(number, trainer_class)) for number in (24, 5))
     trainer = trainer_class(model, args=args, train_dataset=train, eval_dataset=held_out, peft_config=peft)

@@ -38,7 +38,7 @@ def main(output, batch, stage, mode, model):
     held_out = {k: v for k, v in metrics.items() if k.split("_")[-1] not in ("runtime", "second", "time", "tokens")}
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        print("RESULT " + json.dumps({"world_size": args.world_size, "steps": steps, "held_out": held_out}))
+        print("RESULT run " + json.dumps({"world_size": args.world_size, "steps": steps, "held_out": held_out}))
 
 
 if __name__ == "__main__":

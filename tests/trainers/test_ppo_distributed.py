@@ -1,11 +1,10 @@
 """Two processes on CPU give what one gives: DDP, ZeRO-2 and ZeRO-3."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from launching import launch, needs_deepspeed
+from launching import launch, needs_deepspeed, results
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -25,12 +24,7 @@ def models(tiny_llama, tmp_path_factory):
 
 
 def run(config, output, batch, models, modes):
-    results = {}
-    for line in launch(config, SCRIPT, output, batch, *models, ",".join(modes)).splitlines():
-        if line.startswith("RESULT "):
-            _, mode, result = line.split(" ", 2)
-            results[mode] = json.loads(result)
-    return results
+    return results(launch(config, SCRIPT, output, batch, *models, ",".join(modes)))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """SFT and reward training in two processes on CPU give what one gives, held-out metrics included."""
 
-import json
 from pathlib import Path
 
 import pytest
-from launching import launch, needs_deepspeed
+from launching import launch, needs_deepspeed, results
 from transformers import AutoModelForCausalLM
 
 from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
@@ -21,8 +20,7 @@ def base(tiny_llama, tmp_path_factory):
 
 
 def run(config, output, batch, *arguments):
-    lines = launch(config, SCRIPT, output, batch, *arguments).splitlines()
-    return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
+    return results(launch(config, SCRIPT, output, batch, *arguments))["run"]
 
 
 @pytest.mark.slow
