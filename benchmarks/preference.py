@@ -66,6 +66,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.pairs % args.batch or args.steps < 2:
         parser.error("--pairs must be a multiple of --batch and --steps at least 2")
+    if not Path(args.data).is_file():
+        parser.error(
+            f"--data {args.data} is not there: give a .jsonl of `chosen` and `rejected` transcripts, as hh-rlhf's"
+        )
     return args
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.alignment_tax.report import plot_history
@@ -24,6 +24,8 @@ from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_SEED = 0.05, 500, 0
+TOYWORLD = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
+"""What is measured in the toy world, and whether more is better."""
 EPILOG = "A boolean that is true by default is turned off by --no_NAME or --NAME false."
 
 
@@ -275,7 +277,19 @@ def model_init_kwargs(model_args) -> dict:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-TOYWORLD = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
+def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
+    """What a recipe hands its trainer: the model (`toyworld` is that of the stage `start`), the options, the data of
+    `stage`, adapters and quantisation."""
+    args.model_init_kwargs = model_init_kwargs(model_args) | (args.model_init_kwargs or {})
+    train, test = load_splits(script_args, stage)
+    return {
+        "model": resolve_model(model_args.model_name_or_path, start),
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+    }
 
 
 def load_texts(script_args) -> Dataset | None:
@@ -290,11 +304,17 @@ def held_out(dataset, rows):
     return None if dataset is None else dataset.select(range(min(len(dataset), rows)))
 
 
+def monitor_preferences(trainer, script_args, evaluated):
+    """`monitor_tax` with the options of [`MeasuredArguments`], where anything is held out."""
+    if trainer.eval_dataset is not None:
+        monitor_tax(trainer, script_args, script_args.measure_steps, evaluated, load_texts(script_args))
+
+
 def monitor_tax(trainer, script_args, every, evaluated, texts=None):
     """Attach a TaxMonitor: `trainer.evaluate()`, and the toyworld's truth or perplexity on held-out `texts`.
 
     Args:
-        every: optimizer steps between measurements; None measures both ends only.
+        every: optimizer steps between measurements; 0 measures both ends only.
         evaluated: {row of the table: (metric of `evaluate`, whether more is better)}.
     """
     toy = script_args.dataset_name == "toyworld"
@@ -315,7 +335,7 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
         return {row: evaluation.get(metric, math.nan) for row, (metric, _) in evaluated.items()} | values
 
     better = {row: higher for row, (_, higher) in evaluated.items()} | capability
-    return TaxMonitor(metrics, every, better).attach(trainer)
+    return TaxMonitor(metrics, every or None, better).attach(trainer)
 
 
 def train_and_report(trainer, script_args, model_args):

@@ -11,7 +11,7 @@ Your own, in a YAML file or as options:
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
 from lifecycle_hf import PreferenceConfig, PreferenceTrainer, cli
 from lifecycle_hf.trainers.preference import OBJECTIVES
@@ -27,25 +27,11 @@ class PreferenceArguments(cli.MeasuredArguments):
 
 
 def main(script_args, args, model_args):
-    args.model_init_kwargs = cli.model_init_kwargs(model_args) | (args.model_init_kwargs or {})
-    train, test = cli.load_splits(script_args, "reward")
-    trainer = PreferenceTrainer(
-        model=cli.resolve_model(model_args.model_name_or_path, "sft"),
-        args=args,
-        train_dataset=train,
-        eval_dataset=cli.held_out(test, script_args.measure_rows),
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-        objective=script_args.objective,
-    )
-    if test:
-        evaluated = {
-            "reward_accuracy": ("eval_rewards/accuracies", True),
-            "chosen_logp": ("eval_logps/chosen", True),
-        }
-        cli.monitor_tax(
-            trainer, script_args, script_args.measure_steps or None, evaluated, cli.load_texts(script_args)
-        )
+    inputs = cli.trainer_inputs(script_args, args, model_args, "reward", start="sft")
+    inputs["eval_dataset"] = cli.held_out(inputs["eval_dataset"], script_args.measure_rows)
+    trainer = PreferenceTrainer(**inputs, objective=script_args.objective)
+    evaluated = {"reward_accuracy": ("eval_rewards/accuracies", True), "chosen_logp": ("eval_logps/chosen", True)}
+    cli.monitor_preferences(trainer, script_args, evaluated)
     cli.train_and_report(trainer, script_args, model_args)
 
 

@@ -10,27 +10,17 @@ Your own, in a YAML file or as options:
 
 from pathlib import Path
 
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
 from lifecycle_hf import KTOConfig, KTOTrainer, cli
 
 
 def main(script_args, args, model_args):
-    args.model_init_kwargs = cli.model_init_kwargs(model_args) | (args.model_init_kwargs or {})
-    train, test = cli.load_splits(script_args, "reward")
-    trainer = KTOTrainer(
-        model=cli.resolve_model(model_args.model_name_or_path, "sft"),
-        args=args,
-        train_dataset=train,
-        eval_dataset=cli.held_out(test, script_args.measure_rows),
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
-    if test:
-        evaluated = {"reward_margin": ("eval_rewards/margins", True), "kl": ("eval_kl", False)}
-        cli.monitor_tax(
-            trainer, script_args, script_args.measure_steps or None, evaluated, cli.load_texts(script_args)
-        )
+    inputs = cli.trainer_inputs(script_args, args, model_args, "reward", start="sft")
+    inputs["eval_dataset"] = cli.held_out(inputs["eval_dataset"], script_args.measure_rows)
+    trainer = KTOTrainer(**inputs)
+    evaluated = {"reward_margin": ("eval_rewards/margins", True), "kl": ("eval_kl", False)}
+    cli.monitor_preferences(trainer, script_args, evaluated)
     cli.train_and_report(trainer, script_args, model_args)
 
 

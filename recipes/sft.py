@@ -10,25 +10,16 @@ Your own, in a YAML file or as options:
 
 from pathlib import Path
 
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
 from lifecycle_hf import SFTConfig, SFTTrainer, cli
 
 
 def main(script_args, args, model_args):
-    args.model_init_kwargs = cli.model_init_kwargs(model_args) | (args.model_init_kwargs or {})
-    train, test = cli.load_splits(script_args, "sft")
-    trainer = SFTTrainer(
-        model=cli.resolve_model(model_args.model_name_or_path, "init"),
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
+    trainer = SFTTrainer(**cli.trainer_inputs(script_args, args, model_args, "sft", start="init"))
     trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    report = {} if test is None else trainer.evaluate()
+    report = {} if trainer.eval_dataset is None else trainer.evaluate()
     tax = trainer.tax_report
     cli.finish(trainer, script_args, model_args, report | ({"before_after": tax.to_json()} if tax else {}))
     if tax and trainer.is_world_process_zero():

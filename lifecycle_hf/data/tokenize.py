@@ -78,6 +78,14 @@ def encode_complete(tokenizer: PreTrainedTokenizerBase, text: str | list[dict]) 
     return ids[:end] if not tokenizer.decode(ids[end:]).strip() else ids
 
 
+def _check(dataset: Dataset, schema: str, column: str, tokenizer, where: str) -> None:
+    """What all rows need: the columns of the schema, an EOS, and a chat template where `column` holds messages."""
+    validate(dataset, schema, where)
+    require_eos(tokenizer, where)
+    if is_messages(first_value(dataset, column)):
+        require_chat_template(tokenizer, where)
+
+
 def tokenize_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
@@ -113,10 +121,7 @@ def tokenize_preference(
     Raises:
         ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
     """
-    validate(dataset, "preference", where)
-    require_eos(tokenizer, where)
-    if is_messages(first_value(dataset, "chosen")):
-        require_chat_template(tokenizer, where)
+    _check(dataset, "preference", "chosen", tokenizer, where)
 
     def encode(row):
         problem = _pair_problem(row)
@@ -127,11 +132,7 @@ def tokenize_preference(
         problem = _length_problem("pair", max_length, chosen, rejected)
         return {"chosen_ids": chosen, "rejected_ids": rejected, "_problem": problem}
 
-    tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    return tokenized.select_columns([name for name in _PREFERENCE_IDS if name in tokenized.column_names])
-
-
-_PREFERENCE_IDS = ("chosen_ids", "rejected_ids", "margin")
+    return map_usable(dataset, encode, where=where, strict=strict, keep=("chosen_ids", "rejected_ids", "margin"))
 
 
 def tokenize_pairs(
@@ -148,10 +149,7 @@ def tokenize_pairs(
     Raises:
         ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
     """
-    validate(dataset, "preference", where)
-    require_eos(tokenizer, where)
-    if is_messages(first_value(dataset, "chosen")):
-        require_chat_template(tokenizer, where)
+    _check(dataset, "preference", "chosen", tokenizer, where)
 
     def encode(row):
         nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "prompt_key": ""}
@@ -170,9 +168,8 @@ def tokenize_pairs(
         ids = {"prompt_ids": prompt, "chosen_ids": completions[0], "rejected_ids": completions[1]}
         return ids | {"prompt_key": _key(row["prompt"]), "_problem": ""}
 
-    tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    kept = ("prompt_ids", "prompt_key", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
-    return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
+    keep = ("prompt_ids", "prompt_key", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    return map_usable(dataset, encode, where=where, strict=strict, keep=keep)
 
 
 def tokenize_unpaired(
@@ -187,10 +184,7 @@ def tokenize_unpaired(
     Raises:
         ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
     """
-    validate(dataset, "unpaired", where)
-    require_eos(tokenizer, where)
-    if is_messages(first_value(dataset, "completion")):
-        require_chat_template(tokenizer, where)
+    _check(dataset, "unpaired", "completion", tokenizer, where)
     dataset = dataset.rename_column("label", "_label")  # of whatever type: the new column is one of booleans
 
     def encode(row):
@@ -205,9 +199,8 @@ def tokenize_unpaired(
         ids = {"prompt_ids": prompt, "completion_ids": completions[0], "prompt_key": _key(row["prompt"])}
         return ids | {"label": label, "_problem": problem}
 
-    tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    kept = ("prompt_ids", "prompt_key", "completion_ids", "label", "ref_logps")
-    return tokenized.select_columns([name for name in kept if name in tokenized.column_names])
+    keep = ("prompt_ids", "prompt_key", "completion_ids", "label", "ref_logps")
+    return map_usable(dataset, encode, where=where, strict=strict, keep=keep)
 
 
 def _key(prompt) -> str:
@@ -288,8 +281,7 @@ def tokenize_texts(
         problem = "" if any(mask) else "no token to learn from (empty, or lost to max_length)"
         return {"input_ids": ids, "loss_mask": mask, "_problem": problem}
 
-    tokenized = map_usable(dataset, encode, where=where, strict=strict)
-    return tokenized.select_columns(["input_ids", "loss_mask"])
+    return map_usable(dataset, encode, where=where, strict=strict, keep=("input_ids", "loss_mask"))
 
 
 def _encode_with_mask(tokenizer, row: dict, schema: str) -> tuple[list[int], list[int]]:
@@ -328,11 +320,15 @@ def _length_problem(name: str, max_length: int | None, *sequences: list[int]) ->
     return f"{name} longer than {max_length} tokens" if too_long else ""
 
 
-def map_usable(dataset: Dataset, encode: Callable[[dict], dict], *, where: str, strict: bool) -> Dataset:
-    """Map `encode` over the rows and drop those for which it returns a non-empty "_problem" (see `usable_rows`)."""
+def map_usable(
+    dataset: Dataset, encode: Callable[[dict], dict], *, where: str, strict: bool, keep: tuple[str, ...] | None = None
+) -> Dataset:
+    """Map `encode` over the rows, drop those for which it returns a non-empty "_problem" (see `usable_rows`), and of
+    the columns all that are not in `keep`."""
     dataset = dataset.map(encode, desc=f"Tokenizing {where}")
     kept = usable_rows(dataset["_problem"], where=where, strict=strict)
-    dataset = dataset.remove_columns("_problem")
+    columns = [name for name in dataset.column_names if name != "_problem"]
+    dataset = dataset.select_columns([name for name in keep or columns if name in columns])
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 

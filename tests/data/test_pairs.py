@@ -1,7 +1,5 @@
 """Pairs and labelled answers become the tokens that TRL makes of them; rows that can't be used are dropped aloud."""
 
-import copy
-
 import pytest
 import trl
 from datasets import Dataset
@@ -11,11 +9,6 @@ from lifecycle_hf.data.tokenize import tokenize_pairs, tokenize_unpaired
 
 ASK = [{"role": "user", "content": "Hi"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
-# SmolLM2 and Qwen put a line break behind each turn's end.
-CHATML = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 TRL_ARGS = {"report_to": "none", "use_cpu": True, "bf16": False, "per_device_train_batch_size": 2}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
@@ -48,17 +41,6 @@ PAIRS = {
         {"prompt": "I ca", "chosen": "nnot", "rejected": " hello"},
     ],
 }
-
-
-@pytest.fixture
-def tokenizer(tiny_llama):
-    return copy.deepcopy(tiny_llama[1])
-
-
-@pytest.fixture
-def chatml(tokenizer):
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 from datasets import Dataset
 
@@ -15,22 +13,6 @@ from lifecycle_hf.data.tokenize import (
 
 ASK = [{"role": "user", "content": "Hi"}]
 ANSWER = [{"role": "assistant", "content": "Yes"}]
-# SmolLM2 and Qwen put a line break behind each turn's end.
-CHATML = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-@pytest.fixture
-def tokenizer(tiny_llama):
-    return copy.deepcopy(tiny_llama[1])
-
-
-@pytest.fixture
-def chatml(tokenizer):
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 def words(tokenizer, ids):
