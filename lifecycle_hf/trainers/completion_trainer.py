@@ -279,18 +279,17 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        fallen = self.displacement.update(logs.get("logps/chosen_displacement"), self.state.global_step)
-        if (
-            self.args.displacement_patience
-            and fallen >= self.args.displacement_patience
-            and not self.displacement.told
-        ):
+        displacement, patience = logs.get("logps/chosen_displacement"), self.args.displacement_patience
+        if displacement is None:
+            return
+        fallen = self.displacement.update(displacement, self.state.global_step)
+        if patience and fallen >= patience and not self.displacement.told:
             self.displacement.told = True
-            by, step = -logs["logps/chosen_displacement"], self.state.global_step
             warnings.warn(
-                f"For {fallen} steps the chosen answers have been less likely than at the start (by {by:.3g} nats at "
-                f"step {step}): likelihood moves to answers that are neither. Raise beta, lower the learning rate, or "
-                "add a language-modelling loss on the chosen answers (docs/preference.md).",
+                f"For {fallen} steps the chosen answers have been less likely than at the start (by "
+                f"{-displacement:.3g} nats at step {self.state.global_step}): likelihood moves to answers that are "
+                "neither. Raise beta, lower the learning rate, or add a language-modelling loss on the chosen answers "
+                "(docs/preference.md).",
                 UserWarning,
                 stacklevel=2,
             )
@@ -308,10 +307,10 @@ class Displacement:
         self.fallen_from: int | None = None
         self.told = False
 
-    def update(self, displacement: float | None, step: int) -> int:
-        if displacement is not None and displacement >= 0:
+    def update(self, displacement: float, step: int) -> int:
+        if displacement >= 0:
             self.fallen_from = None
-        elif displacement is not None and self.fallen_from is None:
+        elif self.fallen_from is None:
             self.fallen_from = step
         return 0 if self.fallen_from is None else step - self.fallen_from
 

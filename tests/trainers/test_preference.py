@@ -298,7 +298,10 @@ def test_a_long_fall_of_the_chosen_likelihood_is_told_once(tiny_llama, tmp_path)
             run.state.global_step = step
             run.log({"logps/chosen_displacement": -0.5})
     assert len([w for w in seen if "less likely" in str(w.message)]) == 1
-    run.state.global_step = 17
+    run.displacement.told = False
+    run.log({"eval_loss": 1.0}), run.log({"train_runtime": 1.0})  # lines of others say nothing about it
+    assert not run.displacement.told
+    run.displacement.told, run.state.global_step = True, 17
     run.log({"logps/chosen_displacement": 0.5})
     assert run.displacement.state_dict() == {"baseline": None, "fallen_from": None, "told": True}
 
