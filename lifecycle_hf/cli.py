@@ -16,6 +16,8 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
@@ -125,6 +127,9 @@ def parse(dataclasses, default_config, argv=None, description=None):
     parser = _RecipeParser(
         dataclasses, prog=os.path.basename(sys.argv[0]), description=description, allow_abbrev=False
     )
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "true"
     config_path, rest = _take_config(parser, list(sys.argv[1:] if argv is None else argv), default_config)
     config = _read_config(parser, config_path)
     if not torch.accelerator.is_available():
@@ -338,10 +343,33 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
     return TaxMonitor(metrics, every or None, better).attach(trainer)
 
 
+def resume_point(args) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path as it is; without one, or with `true`, the last in
+    `output_dir`, where there is one.
+
+    Raises:
+        ValueError: there is no checkpoint at that path.
+    """
+    wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("none", "false"):
+        return None
+    if str(wanted).lower() == "true":
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if args.process_index == 0:
+            print(f"Resuming from {last}" if last else f"{args.output_dir} has no checkpoint yet: starting anew.")
+        return last
+    if not (Path(wanted) / TRAINER_STATE_NAME).exists():
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        raise ValueError(
+            f"resume_from_checkpoint: {wanted} is no checkpoint. The last one is {last or 'nowhere yet'}."
+        )
+    return str(wanted)
+
+
 def train_and_report(trainer, script_args, model_args):
     """Train (or resume), draw what was measured on the way, keep everything and print the closing table."""
     trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(trainer.args))
     report = trainer.tax_report
     if report and trainer.is_world_process_zero():
         try:  # before the push, and never at the cost of the model

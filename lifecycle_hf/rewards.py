@@ -1,8 +1,13 @@
 """Reward functions: models and callables behind one interface, checked where they can go wrong."""
 
 import inspect
+import json
+import math
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +58,14 @@ class CallableReward:
     """A function `f(prompts, completions, **columns) -> list[float]`, as TRL's GRPOTrainer takes them.
 
     It gets the columns that its signature names, or all of them if it takes `**kwargs`.
+
+    Args:
+        timeout: seconds that a call may take; None for any. A call that takes longer is left behind in its thread.
+        retries: how often it is called again after it raised, timed out or returned what is no reward.
     """
 
-    def __init__(self, function: Callable[..., list[float]]):
-        self.function = function
+    def __init__(self, function: Callable[..., list[float]], timeout: float | None = None, retries: int = 0):
+        self.function, self.timeout, self.retries = function, timeout, retries
         self.name = get_callable_name(function)
         parameters = inspect.signature(function).parameters
         named = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
@@ -71,10 +80,46 @@ class CallableReward:
         """One float per completion.
 
         Raises:
-            ValueError: if the function returns another count than it got, or None, NaN or infinity, naming the row.
+            ValueError: if the function raises, takes too long, or returns another count than it got, or None, NaN or
+                infinity, naming the row or the prompts.
         """
+        for left in reversed(range(self.retries + 1)):
+            try:
+                return self._checked(self._call(samples), samples)
+            except Exception as error:
+                if left == 0:
+                    raise
+                warnings.warn(f"{str(error)[:300]} Trying again, {left} times at most.", stacklevel=2)
+
+    def _call(self, samples: Samples):
         columns = {k: v for k, v in samples.columns.items() if self._takes_all or k in self._names}
-        scores = self.function(prompts=samples.prompts, completions=samples.completions, **columns)
+        outcome: dict[str, Any] = {}
+
+        def run():
+            try:
+                outcome["scores"] = self.function(prompts=samples.prompts, completions=samples.completions, **columns)
+            except Exception as error:
+                outcome["error"] = error
+
+        if self.timeout is None:
+            run()
+        else:
+            thread = threading.Thread(target=run, daemon=True)  # which ends with the process, however long it hangs
+            thread.start()
+            thread.join(self.timeout)
+        if "error" in outcome:
+            error = outcome["error"]
+            raise ValueError(
+                f"The reward function {self.name!r} raised {type(error).__name__}: {error}. {_named(samples)}"
+            ) from error
+        if "scores" not in outcome:
+            raise ValueError(
+                f"The reward function {self.name!r} took longer than {self.timeout} s (reward_timeout). "
+                f"{_named(samples)}"
+            )
+        return outcome["scores"]
+
+    def _checked(self, scores, samples: Samples) -> list[float]:
         scores = scores.tolist() if isinstance(scores, torch.Tensor) else scores
         if not hasattr(scores, "__len__") or len(scores) != len(samples.texts):
             got = f"{len(scores)} values" if hasattr(scores, "__len__") else repr(scores)
@@ -83,13 +128,50 @@ class CallableReward:
                 "return a list with one float per completion."
             )
         for i, score in enumerate(scores):
-            if score is None or not torch.isfinite(torch.tensor(float(score))):
+            if score is None or not math.isfinite(float(score)):
                 raise ValueError(
                     f"The reward function {self.name!r} returned {score} for row {i}, prompt "
                     f"{str(samples.prompts[i])[-200:]!r}, completion {samples.texts[i][:200]!r}: every reward must be "
                     "a finite number. Return a fallback value there, or drop such prompts."
                 )
         return [float(score) for score in scores]
+
+
+def _named(samples: Samples) -> str:
+    """The prompts of a batch, cut to what a message holds."""
+    shown = [str(prompt)[-60:] for prompt in samples.prompts[:8]]
+    return f"Its batch has {len(samples.prompts)} prompts: {shown}{' ...' if len(samples.prompts) > 8 else ''}."
+
+
+class KeptScores:
+    """Scores of a rollout whose scoring failed, in a file, so that the resumed run need not ask for them again.
+
+    Args:
+        path: JSON lines, one per completion: prompt, completion, and the scores that were known by then.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, samples: Samples, scores: dict[str, torch.Tensor]) -> None:
+        columns = {name: values.tolist() for name, values in scores.items()}
+        rows = [
+            {"prompt": prompt, "completion": text, "scores": {name: column[i] for name, column in columns.items()}}
+            for i, (prompt, text) in enumerate(zip(samples.prompts, samples.texts, strict=True))
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def read(self, samples: Samples) -> dict[str, torch.Tensor]:
+        """The scores of these very completions by the name of their reward; nothing of others."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        wanted = list(zip(samples.prompts, samples.texts, strict=True))
+        if not rows or [(row["prompt"], row["completion"]) for row in rows] != wanted:
+            return {}
+        return {name: torch.tensor([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 class RunningMoments:

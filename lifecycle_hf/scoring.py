@@ -159,6 +159,7 @@ class Scores(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor | None = None
     prompt_logprobs: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 def completion_logprobs(
@@ -169,18 +170,21 @@ def completion_logprobs(
     entropy: bool = False,
     entropy_gradient: bool = False,
     prompts: bool = False,
+    states: bool = False,
 ) -> Scores:
-    """Log-probs of the completion tokens of `batch` under a causal LM; on request entropies and those of the prompts.
+    """Log-probs of the completion tokens of `batch` under a causal LM; on request entropies, those of the prompts, and
+    the hidden states that they were read from.
 
     log π(y_t | x, y_<t) at the temperature in force.
 
     Returns:
         log-probs [B, T], entropies [B, T] (with `entropy`), Σ log π(x_t | x_<t) over the prompt's tokens but the first
-        [B] (with `prompts`): fp32, nats, 0 on padding.
+        [B] (with `prompts`): fp32, nats, 0 on padding. With `states` the last hidden states [B, T + 1, hidden], as
+        [`completion_hidden_states`] gives them with `extra=1`.
     """
     base, mask = unwrapped(model), batch.mask
     fused = _probed(base, _head_is_known)
-    layout, states = _run(base.base_model if fused else base, batch, "last_hidden_state" if fused else "logits")
+    layout, outputs = _run(base.base_model if fused else base, batch, "last_hidden_state" if fused else "logits")
     places, tokens = layout.predictors(batch)[mask], batch.tokens
     if prompts:
         lead = torch.arange(len(mask), device=mask.device) == batch.leaders
@@ -189,17 +193,22 @@ def completion_logprobs(
         places = torch.cat([places, (layout.prompt_starts[:, None] + steps)[inner]])
         tokens = torch.cat([tokens, batch.input_ids.roll(-1, 1)[inner]])
     options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
-    logprobs, entropies = head_logprobs(base if fused else None, states[places], tokens, **options)
+    logprobs, entropies = head_logprobs(base if fused else None, outputs[places], tokens, **options)
     n = int(mask.sum())
 
     def spread(values):
         return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values[:n])
 
-    sums = None
+    sums, hidden = None, None
     if prompts:
         rows = inner.nonzero()[:, 0]
         sums = logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs[n:])[batch.leaders]
-    return Scores(spread(logprobs), spread(entropies) if entropy else None, sums)
+    if states:
+        if fused:
+            hidden = outputs[layout.predictors(batch, extra=1)]
+        else:
+            hidden = completion_hidden_states(base.base_model, batch, extra=1)
+    return Scores(spread(logprobs), spread(entropies) if entropy else None, sums, hidden)
 
 
 def completion_hidden_states(backbone: nn.Module, batch: Completions, *, extra: int = 0) -> torch.Tensor:

@@ -18,7 +18,7 @@ from lifecycle_hf import RewardConfig, RewardTrainer, cli
 def main(script_args, args, model_args):
     trainer = RewardTrainer(**cli.trainer_inputs(script_args, args, model_args, "reward", start="sft"))
     trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=cli.resume_point(args))
     report = {} if trainer.eval_dataset is None else trainer.finalize()
     tax = trainer.tax_report
     cli.finish(trainer, script_args, model_args, report | ({"before_after": tax.to_json()} if tax else {}))

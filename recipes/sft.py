@@ -18,7 +18,7 @@ from lifecycle_hf import SFTConfig, SFTTrainer, cli
 def main(script_args, args, model_args):
     trainer = SFTTrainer(**cli.trainer_inputs(script_args, args, model_args, "sft", start="init"))
     trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=cli.resume_point(args))
     report = {} if trainer.eval_dataset is None else trainer.evaluate()
     tax = trainer.tax_report
     cli.finish(trainer, script_args, model_args, report | ({"before_after": tax.to_json()} if tax else {}))

@@ -25,7 +25,7 @@ CONFIGS = sorted([*(REPOSITORY / "accelerate_configs").glob("*.yaml"), *RECIPES.
 COLUMNS = (
     {"data", "objectives", "alignment_tax"},
     {"models"},
-    {"scoring", "rollouts", "rewards"},
+    {"scoring", "rollouts", "rewards", "memory"},
     {"trainers"},
     {"toyworld", "cli"},
     {"recipes"},
@@ -141,13 +141,13 @@ def targets(statement):
 
 
 def overrides(trainer, package="lifecycle_hf"):
-    """Private names of TRL that the classes of `package` among a trainer's bases define too."""
+    """Private names of TRL, transformers' own left out, that the classes of `package` among the bases define too."""
     names_of = {package: set(), "trl": set()}
     for base in trainer.__mro__:
         root = base.__module__.partition(".")[0]
         if root in names_of:
             names_of[root] |= private_names_of(base)
-    return sorted(names_of[package] & names_of["trl"])
+    return sorted(names_of[package] & names_of["trl"] - private_names_of(Trainer))
 
 
 def test_no_private_name_of_trl_is_overridden():

@@ -30,6 +30,23 @@ class ScalarHead(nn.Module):
         return values.squeeze(-1)
 
 
+class NormalisedHead(ScalarHead):
+    """v = w·LayerNorm(h) + b: a scalar head for states that it can't scale itself, as those of a frozen model.
+
+    Without the norm its gradient has the size of the states, which is in the tens.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, bias = self.norm.weight.float(), self.norm.bias.float()
+            normed = nn.functional.layer_norm(hidden.float(), self.norm.normalized_shape, weight, bias, self.norm.eps)
+        return super().forward(normed)
+
+
 def last_token_hidden(hidden: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
     """Hidden state of the last real token of each right-padded row: [B, L, H], lengths [B] -> [B, H]."""
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths.to(hidden.device) - 1]

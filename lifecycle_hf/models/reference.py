@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lifecycle_hf.models.loading import is_sharded, load_causal_lm, whole
-from lifecycle_hf.models.shared_base import SharedBase
+from lifecycle_hf.models.shared_base import SharedBase, role_weights
 
 SAMPLE = 4096
 
@@ -73,14 +73,7 @@ def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
     Args:
         role: of a PeftModel, the adapter that counts, "base" for none: then it is the fingerprint of the plain model.
     """
-    weights = model.state_dict(keep_vars=True)
-    if hasattr(model, "peft_config"):
-        adapter = model.base_model.prefix
-        weights = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-            for name, tensor in weights.items()
-            if adapter not in name or f".{role}." in name
-        }
+    weights = role_weights(model, role)
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         with whole(tensor):

@@ -1,11 +1,13 @@
 """One frozen base, several roles: policy, value, reward and reference as adapters of one PeftModel."""
 
 import copy
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -95,6 +97,33 @@ class SharedBase:
         finally:
             self.activate(before)
 
+    @contextmanager
+    def merged(self):
+        """Adds the adapter in force to the base weights inside the block, and gives the very weights back after it.
+
+        That takes the memory of the layers that it changes once more. PEFT's unmerging subtracts in place instead, and
+        the base would drift by rounding. Quantised layers, and weights that two layers share, stay as they are.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
+        kept = []
+        try:
+            for layer, weight in zip(layers, weights, strict=True):
+                if weight.is_floating_point() and uses[id(weight)] == 1:
+                    bias = getattr(layer.get_base_layer(), "bias", None)
+                    kept.append((layer, weight, weight.data, bias, None if bias is None else bias.data))
+                    if bias is not None:
+                        bias.data = bias.data.clone()
+                    layer.merge(safe_merge=True, adapter_names=[self.role_in_force])
+            yield
+        finally:
+            for layer, weight, weight_data, bias, bias_data in kept:
+                layer.merged_adapters.clear()
+                weight.data = weight_data
+                if bias is not None:
+                    bias.data = bias_data
+
     def keep_roles_in_checkpointing(self) -> None:
         """Makes gradient checkpointing recompute each layer under the role its forward had.
 
@@ -144,6 +173,19 @@ class SharedBase:
         check_adapter_base(str(folder), self.model.peft_config[role].base_model_name_or_path or "")
         load_adapter_weights(self.model, role, load_file(Path(folder) / ADAPTER_WEIGHTS), folder)
         self._set_flags()
+
+
+def role_weights(model: nn.Module, role: str | None = None) -> dict[str, torch.Tensor]:
+    """Weights by the names of the plain model; of a PeftModel those of the base and of the adapter `role`."""
+    weights = model.state_dict(keep_vars=True)
+    if not hasattr(model, "peft_config"):
+        return weights
+    adapter = model.base_model.prefix
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if adapter not in name or f".{role}." in name
+    }
 
 
 def load_adapter_weights(model: nn.Module, role: str, state: dict[str, torch.Tensor], source: str | Path) -> None:

@@ -1,12 +1,14 @@
 """Policy, value, reference and reward models behind one module, so that one engine (DDP, ZeRO) holds them all."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lifecycle_hf.models.heads import ScalarHead, last_token_hidden
+from lifecycle_hf.models.heads import NormalisedHead, ScalarHead, last_token_hidden
+from lifecycle_hf.models.loading import is_adapter
 from lifecycle_hf.scoring import Completions, completion_hidden_states, unwrapped
 from lifecycle_hf.trainers.policy import PolicyAndReference, load_weights
 
@@ -27,30 +29,55 @@ class SharedReward(nn.Module):
             return nn.functional.linear(hidden.float(), self.weight.float()).squeeze(-1) - self.center
 
 
+class Settled(torch.autograd.Function):
+    """A loss whose gradients are known: its backward hands them out and keeps no graph."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients, ctx.gradients = ctx.gradients, ()
+        return None, None, *(None if g is None else g * upstream.to(g.dtype) for g in gradients)
+
+
+def settled(loss: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """`loss` with its gradients taken at once, so that its activations are gone before another model's arise."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return Settled.apply(loss.detach(), gradients, *parameters)
+
+
 class ActorCritic(PolicyAndReference):
     """What PPO runs: a [`PolicyAndReference`] with a value function and reward models.
 
     Args:
         policy, reference, shared, reference_role: as there.
-        value_model: sequence-classification model with one label whose head is read at every position; None with
-            `shared` (an adapter of the policy's base and a scalar head take its place) and without a critic.
+        value: "head" for a normalised head on the reference's hidden states, "adapter" for an adapter of the policy's
+            base with a scalar head, "model" for `value_model`; None without a critic.
+        value_model: sequence-classification model with one label whose head is read at every position.
         rewards: frozen reward models ([`RewardModel`] or [`SharedReward`]) by name.
-        critic: whether there is a value function.
+
+    Attributes:
+        settles_values: whether the value loss is differentiated as soon as it is known, while its adapter is active,
+            so that the activations of value function and policy never exist together.
     """
 
     def __init__(
         self,
         policy: nn.Module,
         *,
+        value: str | None = None,
         value_model: nn.Module | None = None,
         rewards: dict[str, nn.Module] | None = None,
-        critic: bool = True,
         **reference,
     ):
         super().__init__(policy, **reference)
-        self.value_model = value_model
+        self.value, self.value_model, self.settles_values = value, value_model, False
         self.rewards = nn.ModuleDict(rewards or {}).requires_grad_(False)
-        self.value_head = ScalarHead(self.config.hidden_size) if self.shared is not None and critic else None
+        heads = {"head": NormalisedHead, "adapter": ScalarHead}
+        self.value_head = heads[value](self.config.get_text_config().hidden_size) if value in heads else None
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -67,25 +94,46 @@ class ActorCritic(PolicyAndReference):
         *,
         want: tuple[str, ...] = (),
         temperature: float = 1.0,
+        features: torch.Tensor | None = None,
+        value_loss: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Computes what `want` names, beside what [`PolicyAndReference.forward`] knows.
 
         "values": [B, T + 1], V(s_t) read before y_t, and the value after the last token in the column behind it.
-        "reward:<name>": [B], the centred score of the sequences of `batch`.
+        "value_loss": `value_loss` of the values. "reward:<name>": [B], the centred score of the sequences of `batch`.
+
+        Args:
+            features: the "ref_states" of `batch`, which a value head reads, where they are known.
         """
-        out = super().forward(batch, texts, want=want, temperature=temperature)
+        early = {}
+        if "value_loss" in want:  # before the policy, whose activations are kept from its forward on
+            early["value_loss"] = value_loss(self._values(batch, features))
+            if self.settles_values:
+                early["value_loss"] = settled(early["value_loss"], self.value_parameters)
+        out = early | super().forward(batch, texts, want=want, temperature=temperature)
         if "values" in want:
-            out["values"] = self._values(batch)
+            out["values"] = self._values(batch, out.get("ref_states", features))
         for name in (w.removeprefix("reward:") for w in want if w.startswith("reward:")):
             out[f"reward:{name}"] = self._reward(name, batch)
         return out
 
-    def _values(self, batch: Completions) -> torch.Tensor:
+    @property
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What of the value function trains."""
+        return [p for n, p in self.named_parameters() if p.requires_grad and self.is_value(n)]
+
+    def is_value(self, name: str) -> bool:
+        """Whether the parameter `name` of this module belongs to the value function."""
+        return name.startswith(("value_model.", "value_head.")) or (self.value == "adapter" and ".value." in name)
+
+    def _values(self, batch: Completions, features: torch.Tensor | None) -> torch.Tensor:
+        if self.value == "head":
+            return self.value_head(features)
+        if self.value == "model":
+            hidden = completion_hidden_states(unwrapped(self.value_model).base_model, batch, extra=1)
+            return self.value_model.score(hidden).squeeze(-1).float()
         with self.role("value"):
-            hidden = completion_hidden_states(unwrapped(self.value_model or self.policy).base_model, batch, extra=1)
-        if self.value_model is None:
-            return self.value_head(hidden)
-        return self.value_model.score(hidden).squeeze(-1).float()
+            return self.value_head(completion_hidden_states(unwrapped(self.policy).base_model, batch, extra=1))
 
     @torch.no_grad()
     def _reward(self, name: str, batch: Completions) -> torch.Tensor:
@@ -102,8 +150,10 @@ class ActorCritic(PolicyAndReference):
         value_folder = Path(folder) / VALUE_FOLDER
         if self.value_model is not None:
             self.value_model.save_pretrained(value_folder, state_dict=self.part("value_model", state_dict))
-        if self.value_head is not None:
+        if self.value == "adapter":
             self.shared.save_adapter("value", value_folder, self.part("policy", state_dict))
+        if self.value_head is not None:
+            value_folder.mkdir(parents=True, exist_ok=True)
             head = self.part("value_head", state_dict) or self.value_head.state_dict()
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, value_folder / VALUE_HEAD)
 
@@ -114,7 +164,7 @@ class ActorCritic(PolicyAndReference):
             ValueError: if the checkpoint belongs to another model, naming both, or lacks the value function.
         """
         value_folder = Path(folder) / VALUE_FOLDER
-        if (self.value_head is not None or self.value_model is not None) and not value_folder.is_dir():
+        if self.value is not None and not value_folder.is_dir():
             raise ValueError(f"{folder} has no folder {VALUE_FOLDER!r}: it is no checkpoint of PPO with a critic.")
         super().load_pretrained(folder)
         if self.value_head is not None:
@@ -123,6 +173,20 @@ class ActorCritic(PolicyAndReference):
             load_weights(self.value_model, value_folder)
 
     def load_value(self, folder: str | Path) -> None:
-        """Reads the value adapter and its head from the `value/` folder of a PPO checkpoint."""
-        self.shared.load_adapter("value", folder)
-        self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD))
+        """Reads the value head, and the value adapter where there is one, from the `value/` folder of a checkpoint.
+
+        Raises:
+            ValueError: if it holds a value function of another kind or size.
+        """
+        path = Path(folder) / VALUE_HEAD
+        state = load_file(path) if path.exists() else {}
+        here = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
+        there = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if here != there or (self.value == "adapter") != is_adapter(str(folder)):
+            raise ValueError(
+                f"{folder} does not hold the value function of value={self.value!r}, whose head has {here}: its own "
+                f"has {there or 'no ' + VALUE_HEAD}. Set `value` as in the run that wrote it."
+            )
+        if self.value == "adapter":
+            self.shared.load_adapter("value", folder)
+        self.value_head.load_state_dict(state)

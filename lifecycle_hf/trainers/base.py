@@ -1,6 +1,7 @@
 """What every trainer of the library shares: exact metrics, extra state in checkpoints, the model card."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +11,17 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.callbacks import PREFIX
 from lifecycle_hf.trainers.model_card import write_model_card
 
+STAGING = "tmp-"
+"""Before the name of a checkpoint that is being written or deleted."""
 CARD_OPTIONS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16", "seed",
@@ -30,15 +36,21 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def _clear(folder: Path) -> None:
+    """Deletes what a killed run left half written, and what was put aside."""
+    for path in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class MetricAccumulator:
     """Means over everything that was added on every rank: Σ totals / Σ counts, divided once."""
 
     def __init__(self):
-        self._sums: dict[str, list[float]] = {}
+        self.sums: dict[str, list[float]] = {}
 
     def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
         """Adds `total`, the sum of `count` values of the metric `name`."""
-        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums = self.sums.setdefault(name, [0.0, 0.0])
         sums[0] += float(total)
         sums[1] += float(count)
 
@@ -48,7 +60,7 @@ class MetricAccumulator:
 
     def reduce(self, accelerator=None) -> dict[str, float]:
         """Returns name -> mean over all ranks and forgets what was added; every rank must call it."""
-        sums, self._sums = self._sums, {}
+        sums, self.sums = self.sums, {}
         gathered = gather_object([sums]) if accelerator is not None and accelerator.num_processes > 1 else [sums]
         means = {}
         for name in sorted({name for rank in gathered for name in rank}):
@@ -74,6 +86,30 @@ def load_state(path: Path) -> dict[str, Any]:
     return state | (load_file(tensors) if tensors.exists() else {})
 
 
+class LogState(TrainerCallback):
+    """What the next log line is made of, so that a stop within it leaves no trace."""
+
+    def __init__(self, trainer):
+        self.trainer, self._restored = trainer, None
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self.trainer
+        line = {"loss": trainer._tr_loss.item(), "since": trainer._globalstep_last_logged}
+        return line | {"sums": trainer.metrics["train"].sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._restored = state
+
+    def on_train_begin(self, *args, **kwargs):
+        """Transformers' loop sets its counters to zero after it has read a checkpoint, and before this."""
+        self.trainer.remove_callback(self)
+        trainer, state, self._restored = self.trainer, self._restored, None
+        trainer._tr_loss += state["loss"]
+        trainer._total_loss_scalar -= state["loss"]  # the mean of a call of `train` is over its own steps
+        trainer._globalstep_last_logged = state["since"]
+        trainer.metrics["train"].sums = state["sums"]
+
+
 class LifecycleTrainerMixin:
     """Put before `transformers.Trainer` (or a subclass) in the bases of a trainer.
 
@@ -95,6 +131,8 @@ class LifecycleTrainerMixin:
         self.metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self.stateful: dict[str, Stateful] = {}
         self.stateful_per_rank: dict[str, Stateful] = {}
+        self.log_state = LogState(self)
+        self._staging: Path | None = None
         self._auxiliary: dict[str, tuple[Callable[[nn.Module], torch.Tensor], float]] = {}
 
     def add_auxiliary_loss(
@@ -150,14 +188,67 @@ class LifecycleTrainerMixin:
     def _state_files(self, folder: str | Path) -> list[tuple[Stateful, Path, bool]]:
         rank = self.accelerator.process_index
         shared = [(item, Path(folder) / f"lifecycle_{name}", True) for name, item in self.stateful.items()]
-        own = [(x, Path(folder) / f"lifecycle_{n}_rank{rank}", False) for n, x in self.stateful_per_rank.items()]
+        per_rank = {"log": self.log_state} | self.stateful_per_rank
+        own = [(item, Path(folder) / f"lifecycle_{name}_rank{rank}", False) for name, item in per_rank.items()]
         return shared + own
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # what is still being written is pushed once it stands
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in transformers, but written elsewhere and moved in one step: a checkpoint is complete or absent."""
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        wait, writes = self.accelerator.wait_for_everyone, self.args.local_process_index == 0
+        if writes:
+            _clear(run_dir)
+        wait()
+        self._staging = run_dir / f"{STAGING}{name}"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            written, self._staging = self._staging, None
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.is_dir() or best.name == name):
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / name / TRAINER_STATE_NAME))
+        wait()
+        for moves in (self.args.process_index == 0, writes):  # other nodes may have disks of their own
+            if moves and (written / name).is_dir():
+                if (run_dir / name).exists():
+                    (run_dir / name).rename(written / "replaced")
+                (written / name).rename(run_dir / name)
+            wait()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            self._rotate(run_dir)
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Deletes the oldest checkpoints beyond `save_total_limit`, never the last nor the best."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if limit is not None and limit > 0:
+            checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+            kept = {checkpoints[-1], *([str(Path(best))] if best else [])}
+            surplus = max(len(checkpoints) - max(limit, len(kept)), 0)
+            for path in [path for path in checkpoints if path not in kept][:surplus]:
+                Path(path).rename(run_dir / f"{STAGING}{Path(path).name}")
+        _clear(run_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         for item, path, shared in self._state_files(output_dir):
             if not shared or self.args.should_save:
                 save_state(item.state_dict(), path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(checkpoint)
 
     def load_extra_state(self, checkpoint: str | Path) -> None:
         """Restores every [`Stateful`] from `checkpoint`.
@@ -172,6 +263,7 @@ class LifecycleTrainerMixin:
                     "another number of processes. Resume with the setup that wrote it."
                 )
             item.load_state_dict(load_state(path))
+        self.add_callback(self.log_state)
 
     @property
     def base_model(self) -> str:

@@ -95,13 +95,16 @@ class PolicyAndReference(nn.Module):
         """Computes what `want` names.
 
         "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`; "entropy_gradient" gives the entropies one.
-        "prompt_logprobs": [B], see [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
+        "ref_states": the hidden states [B, T + 1, H] that "ref_logprobs" are read from. "prompt_logprobs": [B], see
+        [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
         """
         out = {}
         if "ref_logprobs" in want:  # before the policy, whose activations are kept from its forward on
             with torch.no_grad(), self.role(self.reference_role):
                 reference = self.reference if self.reference is not None else self.policy
-                out["ref_logprobs"] = completion_logprobs(reference, batch, temperature=temperature).logprobs
+                states = "ref_states" in want
+                scores = completion_logprobs(reference, batch, temperature=temperature, states=states)
+                out |= {"ref_logprobs": scores.logprobs} | ({"ref_states": scores.states} if states else {})
         if self.shared is not None:
             self.shared.activate(self.policy_role)
         if "logprobs" in want:
@@ -249,8 +252,3 @@ class PolicyTrainerMixin(LifecycleTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.accelerator.unwrap_model(self.model).load_pretrained(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra_state(checkpoint)

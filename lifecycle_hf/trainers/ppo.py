@@ -9,9 +9,11 @@ from datasets import Dataset
 from transformers import Trainer, set_seed
 
 from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
+from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
 from lifecycle_hf.rollouts import stop_token_ids
 from lifecycle_hf.scoring import Completions
+from lifecycle_hf.trainers.faults import FaultGuard
 from lifecycle_hf.trainers.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
@@ -105,6 +107,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             optimizers=optimizers,
         )
         self.check_engine()
+        self.model.settles_values = self._settles_values()
         check_reward_columns(parts.rewards, self.train_dataset.column_names)
         self._init_lifecycle()
         self.ptx_rows = None if texts is None else self._pretraining_rows(texts)
@@ -112,7 +115,10 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.kl_control = self._kl_control()
         self.rollouts = RolloutMaker(self, parts.rewards, stop_tokens)
         self.buffer = RolloutBuffer()
-        self.stateful = {"kl_control": self.kl_control, "reward_moments": self.rollouts.reward_moments}
+        self.guard = FaultGuard(self)
+        self.add_callback(self.guard)
+        moments = self.rollouts.reward_moments
+        self.stateful = {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
         self.stateful_per_rank = {"rollout": self.buffer}
         self.can_return_loss = True
         self.label_names = []
@@ -126,6 +132,13 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         if args.kl_control == "exponential":
             return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
         return FixedKL(args.kl_coef)
+
+    def _settles_values(self) -> bool:
+        """Sharded parameters come and go with their own backward, reentrant checkpointing knows no other, and fp16's
+        loss must be scaled before its gradients are taken: there the value loss waits for the joint backward."""
+        args = self.args
+        reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        return not (is_sharded(self.model) or self.is_fsdp_enabled or reentrant or args.fp16)
 
     def _pretraining_rows(self, texts: Dataset) -> PretrainingRows:
         args = self.args
@@ -158,7 +171,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         optimizer = super().create_optimizer(model)
         if fresh and self.args.value_learning_rate is not None:
             names = (self.model if model is None else model).named_parameters()
-            value = {id(p) for n, p in names if _is_value(n, self.model.shared is not None)}
+            value = {id(p) for n, p in names if self.accelerator.unwrap_model(self.model).is_value(n)}
             groups = []
             for group in optimizer.param_groups:
                 for is_value, rate in ((False, group["lr"]), (True, self.args.value_learning_rate)):
@@ -200,7 +213,9 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.buffer.fill(
             batches, epochs=args.ppo_epochs, mini_batches=args.num_mini_batches, seed=args.seed * 1_000_003 + update
         )
-        self.kl_control.update(self.rollouts.mean_kl, len(rows) * self.accelerator.num_processes)
+        means = self.rollouts.means
+        self.guard.check_rollout(**means)
+        self.kl_control.update(means["kl"], len(rows) * self.accelerator.num_processes)
 
     def _start_step(self) -> None:
         """Draws the pretraining rows of an optimizer step; counts its tokens over all micro-batches and ranks."""
@@ -218,27 +233,32 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         args, batch, (texts, text_mask) = self.args, inputs["batch"], inputs["texts"]
         completions = Completions(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
         critic, mask = "values" in batch, completions.mask
-        want = ("logprobs", *(("values",) if critic else ()), *(("texts",) if texts is not None else ()))
+        want = ("logprobs", *(("value_loss",) if critic else ()), *(("texts",) if texts is not None else ()))
         want += ("entropy", "entropy_gradient") if args.entropy_coef > 0 else ()
-        out = model(completions, texts, want=want, temperature=args.temperature)
-        policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
-        total = policy
-        if critic:
-            values = out["values"][:, :-1]
-            value = ppo_value_loss(values, batch["values"], batch["returns"], clip_range=args.cliprange_value)
-            total = total + args.vf_coef * value
-            self._log_value(value, values, batch, mask)
-        if args.entropy_coef > 0:
-            total = total - args.entropy_coef * out["entropy"]
         tokens, text_tokens = self._step_totals
+
+        def value_loss(values):
+            values = values[:, :-1]
+            losses = ppo_value_loss(values, batch["values"], batch["returns"], clip_range=args.cliprange_value)
+            self._log_value(losses, values, batch, mask)
+            return args.vf_coef * (losses * mask).sum() / tokens
+
+        extra = {"features": batch.get("features"), "value_loss": value_loss}
+        out = model(completions, texts, want=want, temperature=args.temperature, **extra)
+        policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
+        total = policy - args.entropy_coef * out["entropy"] if args.entropy_coef > 0 else policy
         loss = (total * mask).sum() / tokens
+        parts = {"policy": loss.detach(), "value": out.get("value_loss", torch.zeros(())).detach()}
+        loss = loss + out.get("value_loss", 0.0)
         if texts is not None:
             nll = -(out["texts"] * text_mask).sum()
             loss = loss + args.ptx_coef * nll / text_tokens
+            parts["pretraining"] = nll.detach()
             self.metrics["train"].add("loss/ptx", nll.detach(), text_mask.sum())
         self._log_policy(policy, out["logprobs"], batch, mask)
         # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
         loss = self.with_auxiliary(loss * self.accelerator.num_processes)
+        self.guard.check_loss(loss, parts)
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
@@ -261,8 +281,3 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         """Samples and scores a batch of eval prompts; the metrics are those of a rollout, prefixed `eval_`."""
         self.rollouts.make(inputs, self.metrics["eval"], training=False)
         return None, None, None
-
-
-def _is_value(name: str, shared: bool) -> bool:
-    """Whether a parameter of an ActorCritic belongs to the value function."""
-    return "value_model." in name or "value_head." in name or (shared and ".value." in name)

@@ -1,14 +1,40 @@
 """Options of [`PPOTrainer`]."""
 
+import math
 from dataclasses import dataclass
 
 from lifecycle_hf.trainers.options import PolicyConfig, option
 
 CHOICES = {
+    "value": (None, "head", "adapter", "model"),
     "kl_control": ("fixed", "adaptive", "exponential"),
     "advantage_estimator": ("gae", "reinforce"),
     "reward_normalization": ("none", "batch", "running"),
+    "on_fault": ("stop", "skip"),
 }
+BOUNDS = (
+    (
+        (
+            "ppo_epochs", "num_mini_batches", "max_prompt_length", "max_completion_length", "generation_batch_size",
+            "ptx_batch_size", "ptx_max_length", "max_faults", "num_completions_to_print",
+        ),
+        lambda value: value >= 1, "must be at least 1",
+    ),
+    (
+        ("temperature", "kl_target", "kl_horizon", "kl_coef_max", "reward_clip", "reward_timeout", "max_kl",
+         "vllm_server_timeout"),
+        lambda value: 0 < value < math.inf, "must be above 0",
+    ),
+    (
+        ("cliprange", "cliprange_value", "vf_coef", "entropy_coef", "ptx_coef", "kl_coef", "kl_rate", "learning_rate",
+         "value_learning_rate", "missing_eos_penalty", "min_entropy", "reward_retries"),
+        lambda value: 0 <= value < math.inf, "must not be negative, nor infinite",
+    ),
+    (("gamma", "lam"), lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    (("reward_weights",), lambda value: value and all(map(math.isfinite, value)), "must be finite numbers"),
+    (("stop_tokens",), bool, "is empty: name a token, or leave it out"),
+)  # fmt: skip
+"""Which options, what their values must fulfil, and that in words; None is always allowed."""
 
 
 @dataclass
@@ -23,6 +49,12 @@ class PPOConfig(PolicyConfig):
     value_learning_rate: float | None = option(
         None, "Learning rate of the value function; that of the policy by default."
     )
+    value: str | None = option(
+        None,
+        "Value function: 'head' on the reference's hidden states, 'adapter' on the policy's base, or a 'model' of its "
+        "own; by default an adapter with PEFT, else a model.",
+        choices=CHOICES["value"][1:],
+    )
     max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all.")
     max_completion_length: int = option(256, "Most tokens a completion may have.")
     temperature: float = option(1.0, "Sampling temperature, applied to old, new and reference log-probs alike.")
@@ -30,6 +62,11 @@ class PPOConfig(PolicyConfig):
         None, "Tokens that end a completion; by default the EOS tokens of the tokenizer and of the model."
     )
     generation_batch_size: int | None = option(None, "Prompts decoded together; a whole rollout by default.")
+    merge_adapter: bool | None = option(
+        None,
+        "Decode with the adapter merged into a copy of its layers' weights: faster; by default where these are fp32, "
+        "as bf16 would round small changes away.",
+    )
 
     ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimizer steps per pass over a rollout.")
@@ -80,21 +117,92 @@ class PPOConfig(PolicyConfig):
     log_completions: bool = option(True, "Print a table of sample completions every logging_steps.")
     num_completions_to_print: int = option(4, "Rows of that table.")
 
+    on_fault: str = option(
+        "stop",
+        "At a loss, gradient or reward that is not finite, a collapsed policy, or too much KL: 'stop', or 'skip' the "
+        "optimizer step (of a faulty rollout, all its steps).",
+        choices=CHOICES["on_fault"],
+    )
+    max_faults: int = option(5, "Under 'skip': stop when this many steps in a row, or rollouts, were skipped.")
+    max_kl: float | None = option(
+        None, "A rollout of more KL than this is a fault; ten times kl_target by default under adaptive control."
+    )
+    min_entropy: float = option(
+        1e-4, "A rollout of less mean entropy per token than this is a fault: the policy has collapsed; 0: never."
+    )
+    reward_timeout: float | None = option(None, "Seconds that a reward callable may take for a rollout; None: any.")
+    reward_retries: int = option(0, "How often a reward callable that raised or timed out is called again.")
+
+    use_vllm: bool = option(False, "Sample with a vLLM server (`trl vllm-serve --model MODEL`), which needs GPUs.")
+    vllm_server_base_url: str = option("http://localhost:8000", "Where that server listens.")
+    vllm_server_timeout: float = option(240.0, "Seconds to wait until that server is up.")
+
     def check(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
-        for name in ("ppo_epochs", "num_mini_batches", "max_completion_length", "ptx_max_length", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("cliprange", "cliprange_value", "vf_coef", "entropy_coef", "ptx_coef", "kl_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
-        if self.bootstrap_truncated and self.advantage_estimator == "reinforce":
-            raise ValueError("bootstrap_truncated needs a value function: advantage_estimator='gae', or turn it off.")
+                named = ", ".join(str(choice) for choice in choices)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {named}.")
+        for names, fits, must in BOUNDS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{name}={value} {must}.")
+        for holds, message in self._conflicts():
+            if holds:
+                raise ValueError(message)
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """(whether it is so, what is wrong and what to do) of options that can't go together."""
+        critic, adaptive = self.advantage_estimator == "gae", self.kl_control == "adaptive"
+        return [
+            (
+                self.bootstrap_truncated and not critic,
+                "bootstrap_truncated needs a value function: advantage_estimator='gae', or turn it off.",
+            ),
+            (
+                self.value is not None and not critic,
+                f"value={self.value!r} names a value function, and advantage_estimator='reinforce' has none: leave "
+                "one of them out.",
+            ),
+            (
+                self.value_learning_rate is not None and not critic,
+                f"value_learning_rate={self.value_learning_rate} is set, and advantage_estimator='reinforce' has no "
+                "value function: leave one of them out.",
+            ),
+            (
+                self.kl_control != "fixed" and not self.kl_coef > 0,
+                f"kl_coef={self.kl_coef} would stay 0 under kl_control={self.kl_control!r}: start above 0.",
+            ),
+            (
+                self.kl_control == "exponential" and self.kl_coef > self.kl_coef_max,
+                f"kl_coef={self.kl_coef} lies above kl_coef_max={self.kl_coef_max}: raise the one or lower the other.",
+            ),
+            (
+                adaptive and self.max_kl is not None and self.max_kl <= self.kl_target,
+                f"max_kl={self.max_kl} must lie above kl_target={self.kl_target}, which the control steers to.",
+            ),
+            (
+                self.use_vllm and self.merge_adapter is False,
+                "use_vllm takes merged weights, so merge_adapter=False can't be had: leave it out.",
+            ),
+            (
+                self.auto_find_batch_size,
+                "auto_find_batch_size would change the size of rollouts in mid-run: set per_device_train_batch_size.",
+            ),
+            (
+                self.neftune_noise_alpha is not None,
+                "neftune_noise_alpha would make the ratio differ from 1 before anything is learnt: leave it out.",
+            ),
+            (
+                self.label_smoothing_factor != 0,
+                f"label_smoothing_factor={self.label_smoothing_factor} has no labels to smooth in PPO: leave it 0.",
+            ),
+        ]
+
+    @property
+    def kl_limit(self) -> float | None:
+        """KL from which on a rollout is a fault."""
+        return 10 * self.kl_target if self.max_kl is None and self.kl_control == "adaptive" else self.max_kl
 
     @property
     def steps_per_update(self) -> int:

@@ -1,6 +1,7 @@
 """From prompts to a scored rollout: sample, reward, log-probs, values, advantages."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from lifecycle_hf.objectives.policy import (
     token_rewards,
     whiten,
 )
-from lifecycle_hf.rewards import RunningMoments, Samples
+from lifecycle_hf.rewards import KeptScores, RunningMoments, Samples
 from lifecycle_hf.rollouts import generate
 from lifecycle_hf.scoring import Completions
 from lifecycle_hf.trainers.base import MetricAccumulator
 
+EXACT = (torch.float32, torch.float64)
 RESERVED = ("prompt", "prompt_ids", "prompts", "completions")
 
 
@@ -27,7 +29,8 @@ class RolloutMaker:
     """Makes the rollouts of a [`PPOTrainer`], which holds the models, the options and the KL control.
 
     Attributes:
-        mean_kl: KL of the last rollout over all ranks, the sum over tokens, mean over completions, nats.
+        means: of the last rollout over all ranks: "kl" (the sum over tokens, mean over completions, nats), "entropy"
+            (mean over tokens, nats) and "length" (tokens per completion).
         reward_moments: running mean and deviation of the scores, used where `reward_normalization="running"`.
     """
 
@@ -35,8 +38,11 @@ class RolloutMaker:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.tokenizer = trainer.processing_class
         self.sources, self.stop_token_ids = reward_sources, stop_token_ids
+        self.value = trainer.accelerator.unwrap_model(trainer.model).value
         self.reward_moments = RunningMoments()
-        self.mean_kl = 0.0
+        self.means: dict[str, float] = {}
+        rank = self.accelerator.process_index
+        self.kept_scores = KeptScores(Path(self.args.output_dir) / f"unscored_rollout_rank{rank}.jsonl")
 
     @torch.no_grad()
     def make(
@@ -47,7 +53,7 @@ class RolloutMaker:
         Outside training sampling is seeded by itself, so that an evaluation leaves the run as it was.
 
         Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
-        "advantages", and with a critic "values", "returns".
+        "advantages", and with a critic "values", "returns"; for a value head "features" [B, T + 1, H].
         """
         model = self.trainer.model_wrapped
         model.eval()
@@ -61,13 +67,13 @@ class RolloutMaker:
         self._log_scores(raw, scores, ended, completion_ids, metrics)
         if training and self.args.log_completions and self._time_to_show():
             self._show(samples, raw, scores)
-        scored, self._kl_sums = [], []
+        scored, self._sums = [], []
         for i, batch in enumerate(batches):
             part = slice(i * size, (i + 1) * size)
             scored.append(self._score(batch, scores[part].to(batch.input_ids.device), ended[part], metrics))
         self._finish_advantages(scored, metrics)
-        total, count = self._reduce(*(sum(column) for column in zip(*self._kl_sums, strict=True)))
-        self.mean_kl = total / count
+        kl, entropy, tokens, count = self._reduce(*(sum(column) for column in zip(*self._sums, strict=True)))
+        self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count}
         return scored
 
     def _batch(self, prompts, completions) -> Completions:
@@ -103,7 +109,8 @@ class RolloutMaker:
         with actor_critic.role(actor_critic.policy_role):
             sharded = [p for p in policy.parameters() if hasattr(p, "ds_id")]
             if not sharded:
-                yield policy
+                with actor_critic.shared.merged() if self._merges(actor_critic) else nullcontext():
+                    yield policy
                 return
             from deepspeed.runtime.zero import GatheredParameters
 
@@ -114,28 +121,48 @@ class RolloutMaker:
                 finally:
                     add_hooks(engine)
 
+    def _merges(self, actor_critic) -> bool:
+        """Whether decoding runs on merged weights; in low precision merging would round small changes away."""
+        if actor_critic.shared is None or self.args.merge_adapter is False:
+            return False
+        return bool(self.args.merge_adapter) or next(actor_critic.policy.parameters()).dtype in EXACT
+
     def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
-        """Scores [N] of every reward function, as it gave them."""
-        raw = {}
+        """Scores [N] of every reward function, as it gave them. What is known when one fails is kept in a file."""
+        known, raw = self.kept_scores.read(samples), {}
         for source in self.sources:
-            if source.function is not None:
-                raw[source.name] = torch.tensor(source.function(samples), dtype=torch.float32)
-                continue
-            ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
-            for i in range(0, len(ids), size):
-                # A reward model reads the lengths of whole sequences only: where the prompt ends plays no part, nor
-                # which token pads, but that its vocabulary has it.
-                heads, tails = [row[:1] for row in ids[i : i + size]], [row[1:] for row in ids[i : i + size]]
-                batch = Completions.from_lists(heads, tails, 0, self.args.device)
-                scores.append(self._run(batch, key)[key].float().cpu())
-            raw[source.name] = torch.cat(scores)
-            bad = (~raw[source.name].isfinite()).nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"The reward model {source.name!r} gave {raw[source.name][bad[0]].item()} for the completion "
-                    f"{samples.texts[int(bad[0])][:200]!r}: check its weights and its dtype."
+            try:
+                raw[source.name] = (
+                    known[source.name] if source.name in known else self._scores_of(source, samples, size)
                 )
+            except ValueError as error:
+                self.kept_scores.write(samples, raw)
+                where = f"The completions and {len(raw)} of {len(self.sources)} columns of scores are in"
+                raise ValueError(
+                    f"{error} {where} {self.kept_scores.path}; a resumed run takes them from there."
+                ) from error
+        if known:
+            self.kept_scores.clear()
         return raw
+
+    def _scores_of(self, source, samples: Samples, size: int) -> torch.Tensor:
+        if source.function is not None:
+            return torch.tensor(source.function(samples), dtype=torch.float32)
+        ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
+        for i in range(0, len(ids), size):
+            # A reward model reads the lengths of whole sequences only: where the prompt ends plays no part, nor
+            # which token pads, but that its vocabulary has it.
+            heads, tails = [row[:1] for row in ids[i : i + size]], [row[1:] for row in ids[i : i + size]]
+            batch = Completions.from_lists(heads, tails, 0, self.args.device)
+            scores.append(self._run(batch, key)[key].float().cpu())
+        scores = torch.cat(scores)
+        bad = (~scores.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"The reward model {source.name!r} gave {scores[bad[0]].item()} for the completion "
+                f"{samples.texts[int(bad[0])][:200]!r}: check its weights and its dtype."
+            )
+        return scores
 
     def _shape(self, raw: dict[str, torch.Tensor], ended: torch.Tensor, training: bool) -> torch.Tensor:
         """Σ weights × raw scores, in training normalised and clipped, minus the penalty for a missing stop token: [N].
@@ -164,17 +191,19 @@ class RolloutMaker:
     def _score(self, batch: Completions, scores, ended, metrics: MetricAccumulator) -> dict[str, torch.Tensor]:
         """Log-probs, KL, values and unwhitened advantages of a micro-batch."""
         args, kl_coef, mask = self.args, self.trainer.kl_control.kl_coef, batch.mask
-        critic = args.advantage_estimator == "gae"
-        out = self._run(batch, "logprobs", "entropy", "ref_logprobs", *(("values",) if critic else ()))
+        want = {None: (), "head": ("values", "ref_states")}.get(self.value, ("values",))
+        out = self._run(batch, "logprobs", "entropy", "ref_logprobs", *want)
         kl = torch.where(mask, kl_estimate(out["logprobs"], out["ref_logprobs"]), 0.0)
         rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
         metrics.add("kl", kl.sum(), len(scores))
-        self._kl_sums.append((kl.sum(), len(scores)))
+        self._sums.append((kl.sum(), out["entropy"].sum(), mask.sum(), len(scores)))
         metrics.add("reward", rewards.sum(), len(scores))
         metrics.add_masked("entropy", out["entropy"], mask)
         result = {name: getattr(batch, name) for name in ("input_ids", "prompt_lengths", "completion_lengths")}
         result["logprobs"] = out["logprobs"]
-        if not critic:
+        if "ref_states" in out:  # many numbers, seldom needed: they wait in the host's memory
+            result["features"] = out["ref_states"].cpu()
+        if self.value is None:
             return result | {"advantages": discounted_returns(rewards, mask, gamma=args.gamma)}
         values = torch.where(mask, out["values"][:, :-1], 0.0)
         bootstrap = None

@@ -26,12 +26,14 @@ from lifecycle_hf.models.loading import (
     whole,
 )
 from lifecycle_hf.models.reference import make_reference
-from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights
+from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights, role_weights
 from lifecycle_hf.rewards import CallableReward
+from lifecycle_hf.scoring import unwrapped
 from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
 from lifecycle_hf.trainers.policy import PolicyBuilder
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
+VALUE_IS = {"head": "a head on the reference's states", "adapter": "an adapter on the policy's base"}
 ROLES = ("base", "policy", "value", "reference", "default")
 
 
@@ -63,7 +65,7 @@ class Builder(PolicyBuilder):
         policy, trained, processing_class = self.policy(model, peft_config, processing_class)
         shared = SharedBase(policy) if isinstance(policy, PeftModel) else None
         sources, reward_models = self._rewards(reward_funcs, reward_processing_classes, processing_class, shared, name)
-        critic = self.args.advantage_estimator == "gae"
+        kind = self._value_kind(shared)
         reference_role, reference = make_reference(
             model,
             ref_model,
@@ -73,25 +75,36 @@ class Builder(PolicyBuilder):
             kwargs=self.policy_kwargs,
             ref_kwargs=self.init_kwargs,
         )
-        value = None
-        if critic and shared is None:
-            value = self._value_model(value_model, model, policy, reward_models, processing_class)
-        elif critic:
+        separate = None
+        if kind == "model":
+            separate = self._value_model(value_model, model, policy, reward_models, processing_class)
+        elif kind == "adapter":
             self._add_value_role(shared, peft_config, reward_models)
         actor_critic = ActorCritic(
             policy,
-            value_model=value,
+            value=kind,
+            value_model=separate,
             reference=reference,
             rewards=reward_models,
             shared=shared,
             reference_role=reference_role,
-            critic=critic,
         )
-        if shared is not None and critic:
+        if actor_critic.value_head is not None:
             self._start_value_head(actor_critic, value_model)
         if self.args.disable_dropout:
             disable_dropout(actor_critic)
         return Parts(actor_critic, processing_class, sources)
+
+    def _value_kind(self, shared: SharedBase | None) -> str | None:
+        """Which value function there is: what the options say, else an adapter where there is a base to share."""
+        if self.args.advantage_estimator != "gae":
+            return None
+        if self.args.value == "adapter" and shared is None:
+            raise ValueError(
+                "value='adapter' needs a base that policy and value share: pass a peft_config (--use_peft), or choose "
+                "value='head' or value='model'."
+            )
+        return self.args.value or ("model" if shared is None else "adapter")
 
     def _rewards(self, reward_funcs, processing_classes, tokenizer, shared, policy_name):
         funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
@@ -105,7 +118,7 @@ class Builder(PolicyBuilder):
         sources, models = [], {}
         for func, cls in zip(funcs, classes, strict=True):
             if callable(func) and not isinstance(func, nn.Module):
-                source = CallableReward(func)
+                source = CallableReward(func, self.args.reward_timeout, self.args.reward_retries)
                 sources.append(RewardSource(_unique(source.name, sources), function=source))
             else:
                 base = "reward" if not isinstance(func, str) else Path(func).name
@@ -146,12 +159,15 @@ class Builder(PolicyBuilder):
                     value = copy.deepcopy(reward.model)
                 return value.requires_grad_(True)
         if isinstance(model, str):
-            value = load_classifier(model, init_kwargs=self.policy_kwargs)
+            base = PeftConfig.from_pretrained(model).base_model_name_or_path if is_adapter(model) else model
+            value = load_classifier(base, init_kwargs=self.policy_kwargs if base == model else self.init_kwargs)
         else:
             config = copy.deepcopy(policy.config)
             config.num_labels = 1
-            value = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-            value.base_model.load_state_dict(policy.base_model.state_dict())
+            value = AutoModelForSequenceClassification.from_config(config, dtype=unwrapped(policy).dtype)
+            prefix = f"{unwrapped(policy).base_model_prefix}."
+            weights = {name.removeprefix(prefix): w for name, w in role_weights(policy).items()}
+            value.base_model.load_state_dict({name: weights[name] for name in value.base_model.state_dict()})
         with whole(value.score.weight, writing=True):
             value.score.weight.data.zero_()
         return value
@@ -169,10 +185,12 @@ class Builder(PolicyBuilder):
         if value_model is not None:
             if not isinstance(value_model, str) or not (Path(value_model) / VALUE_HEAD).exists():
                 raise ValueError(
-                    f"value_model={value_model!r}: with PEFT the value function is an adapter on the policy's base; "
-                    "give the `value` folder of a PPO checkpoint, or leave value_model out."
+                    f"value_model={value_model!r}: the value function is {VALUE_IS[actor_critic.value]}; give the "
+                    "`value` folder of a PPO checkpoint, leave value_model out, or choose value='model'."
                 )
             actor_critic.load_value(value_model)
+            return
+        if actor_critic.value == "head":
             return
         reward = next((r for r in actor_critic.rewards.values() if isinstance(r, SharedReward)), None)
         if reward is not None:

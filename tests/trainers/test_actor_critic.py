@@ -24,7 +24,7 @@ def shared_actor_critic(base):
     """Policy and value adapters with non-zero weights over `base`."""
     shared = SharedBase(get_peft_model(base, copy.deepcopy(LORA), adapter_name="policy"))
     shared.add_role("value", LORA, trainable=True)
-    model = ActorCritic(shared.model, shared=shared, reference_role="base")
+    model = ActorCritic(shared.model, value="adapter", shared=shared, reference_role="base")
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -41,7 +41,7 @@ def joint_gradients(model):
 
 def test_roles_differ_and_the_base_is_untouched(tiny_llama):
     make_model, _ = tiny_llama
-    alone = ActorCritic(make_model(), critic=False)(BATCH, want=("logprobs",))["logprobs"]
+    alone = ActorCritic(make_model())(BATCH, want=("logprobs",))["logprobs"]
     out = shared_actor_critic(make_model())(BATCH, want=("logprobs", "values", "ref_logprobs"))
     close(out["ref_logprobs"], alone)
     assert not torch.allclose(out["logprobs"], alone, atol=1e-2)

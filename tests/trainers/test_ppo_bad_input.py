@@ -119,20 +119,38 @@ def test_value_model_that_is_none(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"kl_control": "adaptve"},
-        {"advantage_estimator": "vtrace"},
-        {"reward_normalization": "z"},
-        {"ppo_epochs": 0},
-        {"temperature": 0.0},
-        {"gamma": 1.5},
-        {"kl_coef": -0.1},
-        {"advantage_estimator": "reinforce", "bootstrap_truncated": True},
+        ({"kl_control": "adaptve"}, "kl_control='adaptve' is unknown: choose one of fixed, adaptive, exponential"),
+        ({"advantage_estimator": "vtrace"}, "advantage_estimator"),
+        ({"reward_normalization": "z"}, "reward_normalization"),
+        ({"value": "critic"}, "value='critic' is unknown"),
+        ({"on_fault": "ignore"}, "on_fault='ignore' is unknown: choose one of stop, skip"),
+        ({"ppo_epochs": 0}, "ppo_epochs=0 must be at least 1"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0 must be at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"reward_clip": 0.0}, "reward_clip=0.0 must be above 0"),
+        ({"kl_target": float("nan")}, "kl_target=nan must be above 0"),
+        ({"gamma": 1.5}, "gamma=1.5 must lie between 0 and 1"),
+        ({"kl_coef": -0.1}, "kl_coef=-0.1 must not be negative"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, nor infinite"),
+        ({"reward_weights": [1.0, float("inf")]}, "reward_weights=.* must be finite numbers"),
+        ({"stop_tokens": []}, "stop_tokens=.* is empty"),
+        ({"advantage_estimator": "reinforce", "bootstrap_truncated": True}, "bootstrap_truncated needs a value"),
+        ({"advantage_estimator": "reinforce", "value": "head"}, "value='head' names a value function.*reinforce"),
+        ({"advantage_estimator": "reinforce", "value_learning_rate": 1e-3}, "value_learning_rate=0.001 is set"),
+        ({"kl_control": "adaptive", "kl_coef": 0.0}, "kl_coef=0.0 would stay 0 under kl_control='adaptive'"),
+        ({"kl_control": "exponential", "kl_coef": 2.0}, "kl_coef=2.0 lies above kl_coef_max=1.0"),
+        ({"kl_control": "adaptive", "max_kl": 5.0}, "max_kl=5.0 must lie above kl_target=6.0"),
+        ({"use_vllm": True, "merge_adapter": False}, "use_vllm takes merged weights"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size would change the size of rollouts"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha would make the ratio differ"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no labels"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
-)
-def test_options_are_named(tmp_path, options):
-    with pytest.raises(ValueError, match=next(iter(options)) if len(options) == 1 else "bootstrap_truncated"):
+)  # fmt: skip
+def test_options_are_checked_against_their_bounds_and_each_other(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
 
 

@@ -1,0 +1,109 @@
+"""Training faults are answered, not endured: what is not finite, a collapsed policy, KL out of hand."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class TrainingFault(RuntimeError):
+    """A run that would only get worse was stopped; the message says by what, and where to go on from."""
+
+
+class FaultGuard(TrainerCallback):
+    """Answers faults of a policy's training as `on_fault` says: stops the run, or skips optimizer steps.
+
+    A step is skipped by taking the gradients away before the optimizer sees them, so that neither moments nor weight
+    decay move anything. DeepSpeed steps within its backward, where nothing can be skipped: there every fault stops.
+
+    Args:
+        trainer: its `args` hold `on_fault`, `max_faults`, `kl_limit` and `min_entropy`.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.args = trainer, trainer.args
+        self.step_fault: str | None = None
+        self.rollout_fault: str | None = None
+        self.in_a_row = {"step": 0, "rollout": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollout_fault": self.rollout_fault, **self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rollout_fault = state["rollout_fault"]
+        self.in_a_row = {name: state[name] for name in self.in_a_row}
+
+    def check_loss(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        """Takes the loss of a micro-batch, and what it is made of, before its backward pass."""
+        if math.isfinite(loss.detach().item()):
+            return
+        bad = ", ".join(f"{name}: {x.item()}" for name, x in parts.items() if not math.isfinite(x.item()))
+        self.step_fault = f"the loss is {loss.item()} ({bad or 'the sum of finite parts'})"
+        if self.trainer.is_deepspeed_enabled:
+            self._stop(self.step_fault)
+
+    def check_rollout(self, *, kl: float, entropy: float, length: float) -> None:
+        """Takes the means of a rollout over all processes: KL per completion, entropy per token, tokens."""
+        limit, fault = self.args.kl_limit, None
+        if not all(map(math.isfinite, (kl, entropy, length))):
+            fault = f"the rollout has KL {kl}, entropy {entropy} and length {length}, which must be finite"
+        elif limit is not None and kl > limit:
+            fault = f"the rollout's KL of {kl:.4g} lies above {limit:g} (max_kl): raise kl_coef or lower learning_rate"
+        elif entropy < self.args.min_entropy:
+            fault = (
+                f"the policy has collapsed: its entropy of {entropy:.3g} per token lies below min_entropy="
+                f"{self.args.min_entropy:g}; raise entropy_coef or kl_coef, or lower learning_rate"
+            )
+        elif length <= 1 < self.args.max_completion_length:
+            fault = (
+                "the policy has collapsed: every completion is one token, its end; look at the rewards of empty "
+                "completions, raise kl_coef, or lower learning_rate"
+            )
+        self.rollout_fault = fault
+        self._count("rollout", fault)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        scaled = self.trainer.accelerator.scaler is not None  # fp16's scaler skips steps of its own
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients and not scaled else torch.zeros(())
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        fault = self._anywhere(self.step_fault)
+        if fault is None and not math.isfinite(norm.item()):
+            fault = f"the gradient has norm {norm.item()}"
+        self.step_fault = None
+        self._count("step", fault)
+        skipped = fault is not None or self.rollout_fault is not None
+        if skipped:
+            model.zero_grad(set_to_none=True)
+        self.trainer.metrics["train"].add("faults/skipped_steps", float(skipped))
+
+    def _anywhere(self, fault: str | None) -> str | None:
+        """`fault`, or that of another process: all must skip together."""
+        flag = torch.tensor(float(fault is not None), device=self.args.device)
+        if self.trainer.accelerator.reduce(flag, "sum").item() == 0:
+            return None
+        return fault or "the loss of another process is not finite"
+
+    def _count(self, kind: str, fault: str | None) -> None:
+        self.in_a_row[kind] = self.in_a_row[kind] + 1 if fault else 0
+        if fault is None:
+            return
+        if self.args.on_fault == "stop" or self.trainer.is_deepspeed_enabled:
+            self._stop(fault)
+        if self.in_a_row[kind] >= self.args.max_faults:
+            self._stop(f"{fault}; it is fault {self.in_a_row[kind]} in a row (max_faults)")
+        if self.trainer.is_world_process_zero():
+            warnings.warn(f"Step {self.trainer.state.global_step + 1} is skipped: {fault}.", stacklevel=3)
+
+    def _stop(self, fault: str) -> None:
+        state, folder = self.trainer.state, self.args.output_dir
+        last = get_last_checkpoint(folder)
+        where = f"The last good checkpoint is {last}" if last else "There is no checkpoint yet (see save_steps)"
+        update = state.global_step // self.args.steps_per_update + 1
+        raise TrainingFault(
+            f"Training stopped at step {state.global_step + 1} (update {update}): {fault}. {where}: once that is "
+            "mended go on with --resume_from_checkpoint. With --on_fault skip such steps are left out."
+        )

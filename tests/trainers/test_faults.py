@@ -1,0 +1,223 @@
+"""Training faults: what each does under `on_fault`, what its message names, and what is kept."""
+
+import json
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from ppo_setting import count_e, logged, trainer
+
+from lifecycle_hf.trainers.faults import TrainingFault
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def broken_at(run, step, kind):
+    """Adds an auxiliary loss that is NaN, or whose gradient is, in one optimizer step."""
+
+    def loss(model):
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        if run.state.global_step + 1 not in step:
+            return 0.0 * parameter.sum()
+        return parameter.sum() * float("nan") if kind == "loss" else (0.0 * parameter.sum()).sqrt()
+
+    run.add_auxiliary_loss("broken", loss)
+    return run
+
+
+@pytest.mark.parametrize(("kind", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient has norm nan")])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_reaches_a_weight(tiny_llama, tmp_path, kind, message):
+    run = trainer(
+        tiny_llama, tmp_path, max_steps=4, ppo_epochs=2, save_strategy="steps", save_steps=2, on_fault="stop"
+    )
+    broken_at(run, {3}, kind)
+    with pytest.raises(TrainingFault, match=rf"step 3 \(update 2\): {message}.*good checkpoint is .*checkpoint-2:"):
+        run.train()
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    healthy = trainer(tiny_llama, tmp_path, max_steps=4, ppo_epochs=2)
+    healthy.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert healthy.state.global_step == 4
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_skipped_step_moves_neither_weights_nor_moments(tiny_llama, tmp_path, kind):
+    run, seen = trainer(tiny_llama, tmp_path, max_steps=4, weight_decay=0.1, on_fault="skip"), {}
+    broken_at(run, {3}, kind)
+
+    class Look(type(run.guard).__mro__[1]):
+        def on_step_end(self, args, state, control, **kwargs):
+            moments = [s["exp_avg"].clone() for s in run.optimizer.state.values()]
+            seen[state.global_step] = (weights(run), moments)
+
+    run.add_callback(Look())
+    with pytest.warns(UserWarning, match="Step 3 is skipped"):
+        run.train()
+    assert same(seen[2][0], seen[3][0]) and not same(seen[3][0], seen[4][0])
+    assert all(torch.equal(a, b) for a, b in zip(seen[2][1], seen[3][1], strict=True))
+    assert logged(run, "faults/skipped_steps") == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_faults_in_a_row_stop_the_run(tiny_llama, tmp_path):
+    run = trainer(tiny_llama, tmp_path, max_steps=9, on_fault="skip", max_faults=3)
+    broken_at(run, {2, 4, 5, 6}, "loss")
+    with pytest.raises(TrainingFault, match=r"step 6.*fault 3 in a row \(max_faults\)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.train()
+
+
+def test_loss_names_its_bad_part(tiny_llama, tmp_path):
+    run = trainer(tiny_llama, tmp_path, max_steps=1)
+    head = run.model.value_model.score
+    head.register_forward_hook(lambda module, inputs, out: out * float("inf") if torch.is_grad_enabled() else out)
+    with torch.no_grad():
+        head.weight.fill_(1.0)
+    with pytest.raises(TrainingFault, match=r"the loss is (nan|inf) \(value: (nan|inf)\)"):
+        run.train()
+
+
+def sharp_model(tiny_llama, token):
+    """A policy that gives one token all probability."""
+    make_model, tokenizer = tiny_llama
+    model = make_model()
+    model.lm_head = torch.nn.Linear(32, len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.zero_(), model.lm_head.bias.fill_(-50.0)
+        model.lm_head.bias[token] = 50.0
+    return model
+
+
+def test_collapsed_policies_stop_the_run_before_they_train_on(tiny_llama, tmp_path):
+    _, tokenizer = tiny_llama
+    run = trainer(tiny_llama, tmp_path, sharp_model(tiny_llama, 60))
+    before = weights(run)
+    with pytest.raises(TrainingFault, match="policy has collapsed: its entropy of .* lies below min_entropy=0.0001"):
+        run.train()
+    assert same(before, weights(run))
+    run = trainer(tiny_llama, tmp_path, sharp_model(tiny_llama, tokenizer.eos_token_id), min_entropy=0.0)
+    with pytest.raises(TrainingFault, match="policy has collapsed: every completion is one token, its end"):
+        run.train()
+
+
+def test_a_faulty_rollout_is_skipped_with_all_its_steps(tiny_llama, tmp_path):
+    run = trainer(
+        tiny_llama, tmp_path, sharp_model(tiny_llama, 60), on_fault="skip", ppo_epochs=2, max_steps=4, weight_decay=0.1
+    )
+    before = weights(run)
+    with pytest.warns(UserWarning, match="Step 1 is skipped: the policy has collapsed"):
+        run.train()
+    assert same(before, weights(run))
+    assert logged(run, "faults/skipped_steps") == [1.0] * 4
+
+
+def test_kl_far_over_its_target_stops_the_run(tiny_llama, tmp_path):
+    run = trainer(tiny_llama, tmp_path, learning_rate=0.1, max_steps=6, max_kl=1.0)
+    with pytest.raises(TrainingFault, match=r"rollout's KL of .* lies above 1 \(max_kl\): raise kl_coef"):
+        run.train()
+    assert max(logged(run, "kl")) <= 1.0  # the rollout that was too far is not trained on
+    adaptive = trainer(tiny_llama, tmp_path, kl_control="adaptive", kl_target=3.0)
+    assert adaptive.args.kl_limit == 30.0 and trainer(tiny_llama, tmp_path).args.kl_limit is None
+
+
+def test_a_skipped_rollout_is_still_skipped_after_a_resume(tiny_llama, tmp_path):
+    def run():
+        adapter = {"peft_config": LoraConfig(target_modules=["q_proj"])}
+        return trainer(
+            tiny_llama, tmp_path, sharp_model(tiny_llama, 60), on_fault="skip", ppo_epochs=4, max_steps=4,
+            save_strategy="steps", save_steps=2, trainer_options=adapter,
+        )  # fmt: skip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run().train()
+    resumed = run()
+    before = weights(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(before, weights(resumed)) and resumed.guard.in_a_row["rollout"] == 1
+
+
+def test_a_reward_that_raises_names_its_prompts_and_what_was_scored_is_used_again(tiny_llama, tmp_path):
+    calls = {"counted": 0}
+
+    def counted(prompts, completions, **columns):
+        calls["counted"] += 1
+        return count_e(prompts, completions)
+
+    def judge(prompts, completions):
+        raise ConnectionError("the judge is away")
+
+    def run(second):
+        return trainer(
+            tiny_llama, tmp_path, reward_funcs=[counted, second], max_steps=3, save_strategy="steps", save_steps=1
+        )
+
+    with pytest.raises(ValueError, match=r"'judge' raised ConnectionError: the judge is away.*4 prompts.*Tell me"):
+        run(judge).train()
+    path = tmp_path / "unscored_rollout_rank0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 4 and all(set(row["scores"]) == {"counted"} for row in rows)
+    assert [row["scores"]["counted"] for row in rows] == count_e(None, [row["completion"] for row in rows])
+
+    def judge(prompts, completions):
+        return [0.0] * len(prompts)
+
+    calls["counted"] = 0
+    again = run(judge)
+    again.train()
+    assert calls["counted"] == 2 and not path.exists()  # three rollouts, the first scored before
+    assert logged(again, "reward/counted")[0] == sum(row["scores"]["counted"] for row in rows) / 4
+
+
+def test_a_reward_that_hangs_is_left_after_its_timeout(tiny_llama, tmp_path):
+    release = threading.Event()
+
+    def hanging(prompts, completions):
+        release.wait(60)
+        return [0.0] * len(prompts)
+
+    run, start = trainer(tiny_llama, tmp_path, reward_funcs=hanging, reward_timeout=0.2), time.monotonic()
+    with pytest.raises(ValueError, match=r"'hanging' took longer than 0.2 s \(reward_timeout\).*4 prompts"):
+        run.train()
+    assert time.monotonic() - start < 20
+    release.set()
+
+
+def test_a_reward_is_asked_again_as_often_as_it_may_be(tiny_llama, tmp_path):
+    calls = []
+
+    def moody(prompts, completions):
+        calls.append(len(prompts))
+        if len(calls) % 3:
+            raise RuntimeError("not now")
+        return [float("nan")] if len(calls) == 1 else [1.0] * len(prompts)
+
+    with pytest.warns(UserWarning, match="not now.*Trying again, 1 times at most"):
+        trainer(tiny_llama, tmp_path, reward_funcs=moody, reward_retries=2, max_steps=1).train()
+    assert len(calls) == 3
+    with pytest.raises(ValueError, match="not now"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tiny_llama, tmp_path, reward_funcs=moody, reward_retries=1, max_steps=1).train()
+
+
+def test_a_reward_model_that_is_not_finite_stops_before_training(tiny_llama, tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    make_model, _ = tiny_llama
+    config = make_model().config
+    config.num_labels = 1
+    reward = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        reward.score.weight.fill_(float("inf"))
+    run = trainer(tiny_llama, tmp_path, reward_funcs=reward)
+    before = weights(run)
+    with pytest.raises(ValueError, match="The reward model 'reward' gave (nan|-?inf) for the completion"):
+        run.train()
+    assert same(before, weights(run))
