@@ -16,22 +16,18 @@ tokens of the others, since its own tokenisation puts a second EOS behind a chat
 """
 
 import argparse
-import gzip
 import json
-import multiprocessing
 import os
 import random
-import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
-import datasets
 import peft
 import torch
 import transformers
 import trl
 from datasets import Dataset
+from measuring import alternate, clocks, memory, prepare, read_rows, show
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -75,8 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 def choose_pairs(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Rows of prompt, chosen and rejected (messages) that both sides can use, in the order of training, and tokens."""
-    with (gzip.open if args.data.endswith(".gz") else open)(args.data, "rt", encoding="utf-8") as file:
-        raw = Dataset.from_list([json.loads(line) for line in file])
+    raw = Dataset.from_list(read_rows(args.data))
     rows = [trl.maybe_extract_prompt(row) for row in to_preference(raw, "--data") if row["chosen"] and row["rejected"]]
     rows = [row for row in rows if row["prompt"] and row["prompt"][-1]["role"] == "user"]
     for i, row in enumerate(rows):
@@ -140,34 +135,22 @@ class Gate(TrainerCallback):
 
         return call
 
-    def memory(self) -> tuple[float, float]:
-        """Now, and the peak since it was last reset, MiB: of the process, or of torch's allocator on CUDA."""
-        if self.cuda:
-            return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmRSS"].split()[0]) / 1024, int(status["VmHWM"].split()[0]) / 1024
-
-    def clocks(self) -> tuple[float, float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.process_time(), time.perf_counter()  # user + system of all threads; wall
-
     def go(self) -> None:
         self.connection.recv()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")
-        self.start = self.clocks()
+        self.start = clocks(self.cuda)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.connection.send(dict(zip(("before_mib", "setup_peak_mib"), self.memory())))
+        self.connection.send(dict(zip(("before_mib", "setup_peak_mib"), memory(self.cuda))))
         self.go()
 
     def on_step_end(self, args, state, control, **kwargs):
-        cpu, wall = (end - start for start, end in zip(self.start, self.clocks()))
+        cpu, wall = (end - start for start, end in zip(self.start, clocks(self.cuda)))
         seen = {name: float(value) for name, value in self.seen.items()}
-        self.connection.send({"cpu_s": cpu, "wall_s": wall, "peak_mib": self.memory()[1]} | seen)
+        self.connection.send({"cpu_s": cpu, "wall_s": wall, "peak_mib": memory(self.cuda)[1]} | seen)
         self.go()
 
 
@@ -216,23 +199,7 @@ def work(side: str, compare: str, args, rows: list[dict], connection, folder: st
 
 def measure(compare: str, args) -> dict:
     data, tokens = make_data(compare, args)
-    context, lines, workers, ready = multiprocessing.get_context("spawn"), {}, [], {}
-    steps = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:  # one after the other, up to the first step
-            lines[side], there = context.Pipe()
-            given = (side, compare, args, data[side], there, f"{folder}/{side}")
-            workers.append(context.Process(target=work, args=given, daemon=True))
-            workers[-1].start()
-            there.close()
-            ready[side] = lines[side].recv()
-        for step in range(args.steps):
-            for side in SIDES if step % 2 == 0 else SIDES[::-1]:
-                lines[side].send("go")
-                steps[side].append(lines[side].recv())
-        for side, worker in zip(SIDES, workers):
-            lines[side].send("end")
-            worker.join()
+    ready, steps = alternate(work, {side: (compare, args, data[side]) for side in SIDES}, args.steps)
     environment = {module.__name__: module.__version__ for module in (torch, transformers, trl, peft)}
     environment["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     summary = summarise(steps, ready, tokens, "wall_s" if args.device == "cuda" else "cpu_s")
@@ -259,12 +226,6 @@ def summarise(steps: dict[str, list[dict]], ready: dict[str, dict], tokens: list
     return out
 
 
-def show(title: str, header: str, pattern: str, rows: list[list]) -> None:
-    """A Markdown table; `pattern` formats the cells of a row."""
-    lines = [header, " | ".join(["---:"] * (header.count("|") + 1)), *(pattern.format(*row) for row in rows)]
-    print(f"\n## {title}\n\n" + "\n".join(f"| {line} |" for line in lines), flush=True)
-
-
 def show_steps(result: dict, args) -> None:
     clock, rows = result["summary"]["clock"], []
     for i, (a, b) in enumerate(zip(*(result["steps"][side] for side in SIDES))):
@@ -289,10 +250,7 @@ def show_summary(results: list[dict]) -> None:
 
 def main() -> None:
     args, results = parse_args(), []
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A side that waits burns no CPU; the progress bars are of no use here.
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    datasets.disable_progress_bars()
+    prepare()
     for compare in COMPARISONS if args.compare == "all" else [args.compare]:
         results.append(measure(compare, args))
         show_steps(results[-1], args)

@@ -65,7 +65,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self._base()
+        head = self._base().score
+        if not any(hasattr(p, "ds_id") for p in head.parameters()):  # sharded ones have one dtype
+            head.float()  # a score rounded to bf16 has two digits
 
     @property
     def config(self):
@@ -95,16 +97,23 @@ class RewardModel(nn.Module):
             )
         return base
 
-    def forward(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
-        """Centred scores [B] in fp32 of right-padded `input_ids` [B, L] whose rows have `lengths` [B] real tokens."""
+    @property
+    def backbone(self) -> PreTrainedModel:
         base = self._base()
-        backbone = getattr(base, base.base_model_prefix)
-        mask = length_mask(lengths.to(input_ids.device), input_ids.shape[1])
-        output = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
-        hidden = last_token_hidden(output.last_hidden_state, lengths)
-        with torch.autocast(hidden.device.type, enabled=False):  # a score rounded to bf16 has two digits
+        return getattr(base, base.base_model_prefix)
+
+    def read(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Centred scores [B] in fp32 from the hidden states [B, H] of the last tokens."""
+        base = self._base()
+        with torch.autocast(hidden.device.type, enabled=False):
             raw = base.score(hidden.to(next(base.score.parameters()).dtype)).squeeze(-1)
         return raw.float() - getattr(base.config, "reward_center", 0.0)
+
+    def forward(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
+        """Centred scores [B] in fp32 of right-padded `input_ids` [B, L] whose rows have `lengths` [B] real tokens."""
+        mask = length_mask(lengths.to(input_ids.device), input_ids.shape[1])
+        output = self.backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
+        return self.read(last_token_hidden(output.last_hidden_state, lengths))
 
     def score(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
         """The same as calling the model: centred scores [B]."""

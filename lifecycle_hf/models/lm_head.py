@@ -67,7 +67,8 @@ def head_logprobs(
     sharded = base is not None and is_sharded(base)
     if base is not None and _is_plain(base) and not sharded and not entropy_gradient:
         weight = base.get_output_embeddings().weight
-        logprobs, entropies = LinearLogProbs.apply(states, weight, tokens, temperature, entropy, size)
+        keep = torch.is_grad_enabled()
+        logprobs, entropies = LinearLogProbs.apply(states, weight, tokens, temperature, entropy, size, keep)
         return logprobs, entropies if entropy else None
     options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
     return _chunked(nn.Identity() if base is None else read_head(base), size, states, tokens, sharded, **options)
@@ -102,11 +103,12 @@ class LinearLogProbs(torch.autograd.Function):
     """`token_logprobs(states @ weight.T, tokens)` by chunks of rows whose logits the backward pass makes anew.
 
     The same as [`_chunked`] with a plain head, with each chunk worked on in place and the weight's gradient summed in
-    one buffer. The entropies have no gradient.
+    one buffer; the last chunk is kept for the backward pass, where one has to exist anyway. The entropies have no
+    gradient.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, tokens, temperature, entropy, size):
+    def forward(ctx, states, weight, tokens, temperature, entropy, size, keep=True):
         device = states.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         ctx.temperature, ctx.size = temperature, size
@@ -120,7 +122,7 @@ class LinearLogProbs(torch.autograd.Function):
             if entropy:
                 entropies.append(-table.exp().mul_(table).sum(-1))
         logprobs = torch.cat(logprobs)
-        ctx.save_for_backward(states, weight, tokens, torch.cat(normalisers))
+        ctx.save_for_backward(states, weight, tokens, torch.cat(normalisers), table if keep else None)
         entropies = torch.cat(entropies) if entropy else logprobs.new_empty(0)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -136,7 +138,7 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
-        states, weight, tokens, normalisers = ctx.saved_tensors
+        states, weight, tokens, normalisers, last = ctx.saved_tensors
         cast, (for_states, for_weight) = weight.to(ctx.dtype), (None, None)
         if ctx.needs_input_grad[0]:
             for_states = torch.empty_like(states)
@@ -146,7 +148,10 @@ class LinearLogProbs(torch.autograd.Function):
         for start in range(0, len(states), ctx.size):
             rows = slice(start, start + ctx.size)
             # d log p(y) / d logits = 1[y] − softmax(logits)
-            table = LinearLogProbs.logits(ctx, states[rows], cast).sub_(normalisers[rows, None]).exp_()
+            if start + ctx.size >= len(states):
+                table = last.exp()
+            else:
+                table = LinearLogProbs.logits(ctx, states[rows], cast).sub_(normalisers[rows, None]).exp_()
             table = table.mul_(-upstream[rows]).scatter_add_(1, tokens[rows, None], upstream[rows]).to(ctx.dtype)
             if for_states is not None:
                 for_states[rows] = (table @ cast).to(states.dtype)
@@ -154,7 +159,7 @@ class LinearLogProbs(torch.autograd.Function):
                 for_weight.addmm_(table.T, states[rows].to(ctx.dtype))
             elif for_weight is not None:
                 for_weight += table.T @ states[rows].to(ctx.dtype)
-        return for_states, None if for_weight is None else for_weight.to(weight.dtype), None, None, None, None
+        return for_states, None if for_weight is None else for_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _chunked(read, size: int, states: torch.Tensor, tokens: torch.Tensor, sharded: bool, **options):

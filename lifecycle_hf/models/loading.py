@@ -4,12 +4,13 @@ import copy
 import json
 import re
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -127,7 +129,7 @@ def _load_plain(task: str, name: str, quantization_config, init_kwargs: dict, fr
     kwargs = {"dtype": torch.float32, **init_kwargs}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
             kwargs.setdefault("device_map", {"": PartialState().local_process_index})
     if task == "SEQ_CLS":
         kwargs["num_labels"] = 1
@@ -172,6 +174,33 @@ def whole(parameter: torch.Tensor, writing: bool = False):
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter], modifier_rank=0 if writing else None)
+
+
+@contextmanager
+def unsharded(model: torch.nn.Module):
+    """A context in which a model is whole that FSDP2 has sharded, so that its parts may be called by themselves.
+
+    The layers then stay whole from one call to the next, as decoding needs, whose steps differ between processes.
+
+    Args:
+        model: a module that can be called without arguments, which is what makes FSDP2 take it for the root.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units or getattr(model, "is_whole", False):
+        yield
+        return
+    model()
+    model.is_whole = True
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        model.is_whole = False
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -139,7 +139,8 @@ class ActorCritic(PolicyAndReference):
     def _reward(self, name: str, batch: Completions) -> torch.Tensor:
         reward = self.rewards[name]
         if not isinstance(reward, SharedReward):
-            return reward(batch.input_ids, batch.prompt_lengths + batch.completion_lengths)
+            hidden = completion_hidden_states(reward.backbone, batch, extra=1)
+            return reward.read(last_token_hidden(hidden, batch.completion_lengths + 1))
         with self.role(name):
             hidden = completion_hidden_states(unwrapped(self.policy).base_model, batch, extra=1)
         return reward(last_token_hidden(hidden, batch.completion_lengths + 1))

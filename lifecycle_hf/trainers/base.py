@@ -228,6 +228,13 @@ class LifecycleTrainerMixin:
         if self.args.should_save:
             self._rotate(run_dir)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in transformers, whose loop makes a step before it asks whether a resumed run has made all of them."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _rotate(self, run_dir: Path) -> None:
         """Deletes the oldest checkpoints beyond `save_total_limit`, never the last nor the best."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
@@ -264,6 +271,8 @@ class LifecycleTrainerMixin:
                 )
             item.load_state_dict(load_state(path))
         self.add_callback(self.log_state)
+        if self.args.should_save:
+            _clear(Path(self.args.output_dir))
 
     @property
     def base_model(self) -> str:

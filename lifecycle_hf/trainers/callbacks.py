@@ -63,7 +63,9 @@ class TaxMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.every is not None and state.global_step % self.every == 0:
+            due = control.should_log, control.should_evaluate  # which a measurement's own lines would turn off
             self._measure(state, model, processing_class)
+            control.should_log, control.should_evaluate = due
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.history[-1]["step"] != state.global_step:

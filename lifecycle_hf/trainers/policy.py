@@ -72,6 +72,17 @@ class PolicyAndReference(nn.Module):
         return self
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shards one by one, by the names of their classes."""
+        models = [m for m in self.modules() if isinstance(m, PreTrainedModel)]
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
+    def tie_weights(self) -> None:
+        """Ties what the models tie; FSDP asks for it after it has moved them."""
+        for model in [m for m in self.modules() if isinstance(m, PreTrainedModel)]:
+            model.tie_weights()
+
+    @property
     def checkpointed(self) -> list[nn.Module]:
         """The models that gradient checkpointing is for."""
         return [self.policy]
@@ -227,8 +238,9 @@ class PolicyTrainerMixin(LifecycleTrainerMixin):
     def check_engine(self) -> None:
         """Raises a ValueError under an engine that these trainers do not run on."""
         name = type(self).__name__
-        if self.is_fsdp_enabled:
-            raise ValueError(f"{name} does not run on FSDP yet: use DDP or ZeRO.")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(f"{name} runs on FSDP2, not FSDP1: set fsdp_version: 2 (accelerate_configs/fsdp2.yaml).")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{name} sees {self.args.n_gpu} GPUs in one process, which would mean DataParallel: start it with "
@@ -251,4 +263,7 @@ class PolicyTrainerMixin(LifecycleTrainerMixin):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         self.accelerator.unwrap_model(self.model).load_pretrained(resume_from_checkpoint)

@@ -9,6 +9,7 @@ from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import print_prompt_completions_sample
 
 from lifecycle_hf.data.collators import length_mask
+from lifecycle_hf.models.loading import unsharded
 from lifecycle_hf.objectives.policy import (
     discounted_returns,
     generalized_advantage_estimate,
@@ -102,11 +103,11 @@ class RolloutMaker:
 
     @contextmanager
     def _whole_policy(self):
-        """The policy; ZeRO-3 gathers it once for the whole decoding, not layer by layer for every token."""
+        """The policy; where it is sharded it is gathered once for the whole decoding, not for every token."""
         engine = self.trainer.model_wrapped
         actor_critic = self.accelerator.unwrap_model(engine)
         policy = actor_critic.policy
-        with actor_critic.role(actor_critic.policy_role):
+        with actor_critic.role(actor_critic.policy_role), unsharded(actor_critic):
             sharded = [p for p in policy.parameters() if hasattr(p, "ds_id")]
             if not sharded:
                 with actor_critic.shared.merged() if self._merges(actor_critic) else nullcontext():
@@ -123,7 +124,7 @@ class RolloutMaker:
 
     def _merges(self, actor_critic) -> bool:
         """Whether decoding runs on merged weights; in low precision merging would round small changes away."""
-        if actor_critic.shared is None or self.args.merge_adapter is False:
+        if actor_critic.shared is None or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
             return False
         return bool(self.args.merge_adapter) or next(actor_critic.policy.parameters()).dtype in EXACT
 
@@ -150,9 +151,9 @@ class RolloutMaker:
             return torch.tensor(source.function(samples), dtype=torch.float32)
         ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
         for i in range(0, len(ids), size):
-            # A reward model reads the lengths of whole sequences only: where the prompt ends plays no part, nor
+            # A reward model reads the last state of whole sequences only: where the prompt ends plays no part, nor
             # which token pads, but that its vocabulary has it.
-            heads, tails = [row[:1] for row in ids[i : i + size]], [row[1:] for row in ids[i : i + size]]
+            heads, tails = [row[:-1] for row in ids[i : i + size]], [row[-1:] for row in ids[i : i + size]]
             batch = Completions.from_lists(heads, tails, 0, self.args.device)
             scores.append(self._run(batch, key)[key].float().cpu())
         scores = torch.cat(scores)

@@ -1,13 +1,19 @@
 """One optimizer step of PPO on recorded completions, then a real rollout; prints what ranks must not change.
 
-Arguments: output folder, per-device batch, paths of base and reward model, then "full", "lora" or both, by commas.
+Arguments: output folder, per-device batch, paths of base and reward model, then the modes, by commas: "full", "lora",
+"head" (LoRA and a value head), "resume" (a whole run of LoRA with a value adapter, and one that was resumed).
 """
 
 import json
+import os
 import sys
+
+if os.environ.get("FSDP_ON_CPU"):
+    import fsdp_shim  # noqa: F401
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 from lifecycle_hf.trainers import ppo_rollout
 from lifecycle_hf.trainers.ppo import PPOTrainer
@@ -24,19 +30,56 @@ def recorded(policy, prompt_ids, **options):
     return [[(7 * sum(ids) + i) % 200 + 50 for i in range(1 + sum(ids) % 5)] for ids in prompt_ids]
 
 
+def local(parameter):
+    """The share of a parameter that this process holds; ZeRO-3 keeps it beside the parameter."""
+    parameter = getattr(parameter, "ds_tensor", parameter)
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def resume(output, batch, model, reward, mode):
+    def trainer():
+        args = PPOConfig(
+            output, per_device_train_batch_size=int(batch), max_steps=6, ppo_epochs=4, max_completion_length=6,
+            logging_steps=2, report_to="none", use_cpu=True, save_steps=3, log_completions=False, disable_tqdm=True,
+            activation_checkpointing=False, learning_rate=1e-2, kl_control="adaptive", value="adapter",
+        )  # fmt: skip
+        peft = LoraConfig(r=4, target_modules="all-linear")
+        return PPOTrainer(model, reward, args, Dataset.from_dict({"prompt": PROMPTS}), peft_config=peft)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{output}/checkpoint-3")
+    logs = [
+        {k: v for k, v in entry.items() if "per_second" not in k and k not in ("train_runtime", "train_loss")}
+        for run in (whole, resumed)
+        for entry in run.state.log_history
+    ]
+    a, b = (
+        {n: local(p) for n, p in run.model.named_parameters() if p.requires_grad and local(p).numel()}
+        for run in (whole, resumed)
+    )
+    far = max((a[name] - b[name]).abs().max().item() for name in a)
+    moved = max(a[name].abs().max().item() for name in a if "lora_B" in name)
+    if whole.is_world_process_zero():
+        half = len(logs) // 2
+        print("RESULT resume " + json.dumps({"lines": [logs[:half], logs[half:]], "far": far, "moved": moved}))
+
+
 def run(output, batch, model, reward, mode):
     args = PPOConfig(
         output, per_device_train_batch_size=int(batch), max_steps=1, learning_rate=1e-3, max_completion_length=6,
         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", log_completions=False, ptx_coef=0.5,
         entropy_coef=0.01, lr_scheduler_type="constant", activation_checkpointing=mode == "lora", disable_tqdm=True,
+        value="head" if mode == "head" else None,
     )  # fmt: skip
-    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode == "lora" else None
+    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode != "full" else None
     trainer = PPOTrainer(
         model, reward, args, Dataset.from_dict({"prompt": PROMPTS}), peft_config=peft,
         ptx_dataset=Dataset.from_dict({"text": TEXTS}),
     )  # fmt: skip
     ppo_rollout.generate = recorded
     trainer.train()
+    assert trainer.is_fsdp_enabled == any(isinstance(p, DTensor) for p in trainer.model.parameters())
     ppo_rollout.generate = sampled
     rows = [trainer.train_dataset[i] for i in range(args.local_rollout_size)]
     lengths = [b["completion_lengths"].tolist() for b in trainer.rollouts.make(rows, trainer.metrics["eval"])]
@@ -55,4 +98,4 @@ def run(output, batch, model, reward, mode):
 if __name__ == "__main__":
     output, *arguments, modes = sys.argv[1:]
     for mode in modes.split(","):
-        run(f"{output}/{mode}", *arguments, mode)
+        (resume if mode == "resume" else run)(f"{output}/{mode}", *arguments, mode)

@@ -107,3 +107,11 @@ def test_bad_options_are_named(tmp_path):
         TaxMonitor(measure, every=0, higher_is_better={"w": True})
     with pytest.raises(ValueError, match=r"only one of metrics and higher_is_better names \['v', 'w'\]"):
         make_trainer(tmp_path, TaxMonitor(measure, every=None, higher_is_better={"v": True})).train()
+
+
+def test_a_measurement_leaves_the_log_line_of_its_step(tmp_path):
+    trainer = make_trainer(
+        tmp_path, TaxMonitor(measure, every=2, higher_is_better={"w": True}), attach=True, logging_steps=1
+    )
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]

@@ -88,3 +88,11 @@ def test_a_log_line_that_a_stop_cuts_in_two_is_that_of_the_whole_run(tiny_llama,
         assert logged(resumed, metric) == logged(whole, metric) and len(logged(whole, metric)) == 3
     since = [entry["loss"] * 3 for entry in whole.state.log_history if "loss" in entry]
     assert abs(result.training_loss) <= max(map(abs, since))
+
+
+def test_a_finished_run_that_is_resumed_makes_no_step_more(tiny_llama, tmp_path):
+    run(tiny_llama, tmp_path, max_steps=1).train()
+    (tmp_path / "tmp-checkpoint-1").mkdir()  # what a kill right after the last save leaves
+    again = run(tiny_llama, tmp_path, max_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 1 and names(tmp_path) == ["checkpoint-1"]
