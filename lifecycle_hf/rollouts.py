@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import GenerationConfig, PreTrainedModel
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
@@ -141,3 +142,59 @@ def generate(
 def _until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
     return tokens[:end]
+
+
+class VLLMSampler:
+    """Samples from a vLLM server that TRL's public client talks to; called as [`generate`], with the weights to sample
+    from. The main process alone talks to it, for all.
+
+    Args:
+        base_url: where `vllm serve` listens.
+        timeout: seconds to wait until it is up.
+    """
+
+    def __init__(self, accelerator, base_url: str, timeout: float):
+        self.accelerator, self.client = accelerator, None
+        if accelerator.is_main_process:
+            from trl.generation.vllm_client import VLLMClient
+
+            self.client = VLLMClient(base_url=base_url, connection_timeout=timeout)
+            self.client.init_communicator(device=accelerator.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weights: dict[str, torch.Tensor],
+        prompt_ids: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stop_token_ids: list[int],
+        generator_seed: int | None = None,
+    ) -> list[list[int]]:
+        """One completion for each prompt of this process.
+
+        Args:
+            weights: the policy's, by the names of the plain model; tied ones once.
+            generator_seed: seeds the server's sampling; the server's own by default.
+        """
+        rows = gather_object([prompt_ids])
+        found = [None]
+        if self.client is not None:
+            kinds = [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in weights.items()]
+            self.client.update_named_params(kinds, ((name, w.data) for name, w in weights.items()))
+            self.client.reset_prefix_cache()
+            extra = {"stop_token_ids": list(stop_token_ids)} | (
+                {} if generator_seed is None else {"seed": generator_seed}
+            )
+            answer = self.client.generate(
+                [row for part in rows for row in part],
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                logprobs=None,
+                generation_kwargs=extra,
+            )
+            found = [answer["completion_ids"]]
+        completions = iter(broadcast_object_list(found)[0])
+        parts = [[_until_stop(next(completions), stop_token_ids) for _ in part] for part in rows]
+        return parts[self.accelerator.process_index]

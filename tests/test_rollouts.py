@@ -71,3 +71,27 @@ def test_stop_tokens(tiny_llama):
     assert stop_token_ids(model, tokenizer, ["<|user|>"]) == [tokenizer.convert_tokens_to_ids("<|user|>")]
     with pytest.raises(ValueError, match="'<nope>' is not a token"):
         stop_token_ids(model, tokenizer, ["<nope>"])
+
+
+def test_finished_rows_leave_the_batch_and_change_nothing(tiny_llama):
+    make_model, _ = tiny_llama
+    model = make_model(vocab_size=8)
+    model.lm_head = torch.nn.Linear(32, 8)
+    with torch.no_grad():
+        model.lm_head.bias[2] = 1.0  # ends often
+    prompts = [[5, 6, 7][: 1 + i % 3] * (1 + i % 4) for i in range(24)]
+    options = OPTIONS | {"max_new_tokens": 40}
+    alone = generate(model, prompts, **(options | {"temperature": 0.0}), batch_size=1)
+    widths = []
+    hook = model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert generate(model, prompts, **(options | {"temperature": 0.0})) == alone
+    widths.clear()
+    rows = generate(model, prompts, **options, generator_seed=1)
+    hook.remove()
+    lengths = sorted(map(len, rows))
+    assert lengths[0] < lengths[-1] and widths == sorted(widths, reverse=True)
+    needed = sum(lengths)
+    # A row stays at most until an eighth of those beside it have ended.
+    assert len(widths) == lengths[-1] and needed <= sum(widths) <= needed * 8 / 7 + len(widths)

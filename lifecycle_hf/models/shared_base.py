@@ -176,7 +176,7 @@ class SharedBase:
 
 
 def role_weights(model: nn.Module, role: str | None = None) -> dict[str, torch.Tensor]:
-    """Weights by the names of the plain model; of a PeftModel those of the base and of the adapter `role`."""
+    """Weights by the names of the plain model; of a PeftModel those of the base, and of the adapter `role`."""
     weights = model.state_dict(keep_vars=True)
     if not hasattr(model, "peft_config"):
         return weights

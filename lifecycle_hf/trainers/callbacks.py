@@ -1,12 +1,13 @@
 """Callbacks: measure the alignment tax while a model trains."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.models.loading import unsharded
 
 PREFIX = "tax/"
 
@@ -72,9 +73,9 @@ class TaxMonitor(TrainerCallback):
             self._measure(state, model, processing_class)
 
     def _measure(self, state, model, tokenizer):
-        policy = extract_model_from_parallel(model)
-        policy = getattr(policy, "policy", policy)
-        with _undisturbed(policy):
+        whole = extract_model_from_parallel(model)
+        policy = getattr(whole, "policy", whole)
+        with _undisturbed(policy), nullcontext() if policy is whole else unsharded(whole):
             values = {name: float(value) for name, value in self.metrics(policy, tokenizer).items()}
             unknown = values.keys() ^ self.higher_is_better.keys()
             if unknown:

@@ -9,7 +9,8 @@ from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import print_prompt_completions_sample
 
 from lifecycle_hf.data.collators import length_mask
-from lifecycle_hf.models.loading import unsharded
+from lifecycle_hf.models.loading import is_sharded, unsharded
+from lifecycle_hf.models.shared_base import role_weights
 from lifecycle_hf.objectives.policy import (
     discounted_returns,
     generalized_advantage_estimate,
@@ -18,7 +19,7 @@ from lifecycle_hf.objectives.policy import (
     whiten,
 )
 from lifecycle_hf.rewards import KeptScores, RunningMoments, Samples
-from lifecycle_hf.rollouts import generate
+from lifecycle_hf.rollouts import VLLMSampler, generate
 from lifecycle_hf.scoring import Completions
 from lifecycle_hf.trainers.base import MetricAccumulator
 
@@ -42,6 +43,10 @@ class RolloutMaker:
         self.value = trainer.accelerator.unwrap_model(trainer.model).value
         self.reward_moments = RunningMoments()
         self.means: dict[str, float] = {}
+        self.vllm = None
+        if self.args.use_vllm:
+            self._check_vllm(self.accelerator.unwrap_model(trainer.model))
+            self.vllm = VLLMSampler(self.accelerator, self.args.vllm_server_base_url, self.args.vllm_server_timeout)
         rank = self.accelerator.process_index
         self.kept_scores = KeptScores(Path(self.args.output_dir) / f"unscored_rollout_rank{rank}.jsonl")
 
@@ -85,18 +90,15 @@ class RolloutMaker:
             return self.trainer.model_wrapped(batch, want=want, temperature=self.args.temperature)
 
     def _sample(self, rows, seed: int | None) -> tuple[Samples, list[list[int]]]:
-        args = self.args
+        args, prompts = self.args, [row["prompt_ids"] for row in rows]
+        options = {"max_new_tokens": args.max_completion_length, "temperature": args.temperature}
+        options |= {"stop_token_ids": self.stop_token_ids, "generator_seed": seed}
         with self._whole_policy() as policy, self.accelerator.autocast():
-            ids = generate(
-                policy,
-                [row["prompt_ids"] for row in rows],
-                max_new_tokens=args.max_completion_length,
-                temperature=args.temperature,
-                stop_token_ids=self.stop_token_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
-                generator_seed=seed,
-                batch_size=args.generation_batch_size,
-            )
+            if self.vllm is not None:
+                ids = self.vllm(_untied(role_weights(policy)), prompts, **options)
+            else:
+                pad, size = self.tokenizer.pad_token_id, args.generation_batch_size
+                ids = generate(policy, prompts, **options, pad_token_id=pad, batch_size=size)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in RESERVED}
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Samples([row["prompt"] for row in rows], texts, columns), ids
@@ -122,11 +124,25 @@ class RolloutMaker:
                 finally:
                     add_hooks(engine)
 
+    def _check_vllm(self, actor_critic) -> None:
+        """The server takes whole weights with the adapter merged in, which sharded and quantised layers can't give."""
+        quantised = getattr(actor_critic.policy, "is_quantized", False)
+        sharded = actor_critic.shared is not None and is_sharded(actor_critic.policy)
+        if quantised or sharded or self.trainer.is_fsdp_enabled:
+            raise ValueError(
+                "use_vllm needs weights that can be sent whole: no quantised policy, no FSDP, and no adapters under "
+                "ZeRO-3. Use DDP or ZeRO-2, or leave use_vllm out."
+            )
+
     def _merges(self, actor_critic) -> bool:
         """Whether decoding runs on merged weights; in low precision merging would round small changes away."""
         if actor_critic.shared is None or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
             return False
-        return bool(self.args.merge_adapter) or next(actor_critic.policy.parameters()).dtype in EXACT
+        return (
+            bool(self.args.merge_adapter)
+            or self.vllm is not None
+            or next(actor_critic.policy.parameters()).dtype in EXACT
+        )
 
     def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
         """Scores [N] of every reward function, as it gave them. What is known when one fails is kept in a file."""
@@ -252,6 +268,12 @@ class RolloutMaker:
         print_prompt_completions_sample(
             samples.prompts[:n], samples.completions[:n], columns, None, self.trainer.state.global_step
         )
+
+
+def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor once, under the first of its names."""
+    names = {id(tensor): name for name, tensor in reversed(weights.items())}
+    return {name: tensor for name, tensor in weights.items() if names[id(tensor)] == name}
 
 
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:

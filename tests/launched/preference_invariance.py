@@ -8,6 +8,9 @@ import json
 import os
 import sys
 
+if os.environ.get("FSDP_ON_CPU"):
+    import fsdp_shim  # noqa: F401
+
 from datasets import Dataset
 from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""DPO, KTO and ORPO in two processes on CPU give what one gives: DDP, ZeRO-2 and ZeRO-3."""
+"""DPO, KTO and ORPO in two processes on CPU give what one gives: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
 from pathlib import Path
 
@@ -21,8 +21,9 @@ def base(tiny_llama, tmp_path_factory):
     return path
 
 
-def run(config, output, batch, base, kept, names=NAMES):
-    return results(launch(config, SCRIPT, output, batch, base, ",".join(names), env={"KEPT": str(kept)}))
+def run(config, output, batch, base, kept, names=NAMES, engine="NO"):
+    env = {"KEPT": str(kept)} | ({"FSDP_ON_CPU": "1"} if engine == "FSDP" else {})
+    return results(launch(config, SCRIPT, output, batch, base, ",".join(names), env=env))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def single(base, tmp_path_factory):
     ("config", "engine", "names"),
     [
         ("cpu_ddp", "MULTI_CPU", NAMES),
+        pytest.param("cpu_ddp", "FSDP", NAMES, marks=pytest.mark.slow),
         pytest.param("cpu_zero2", "DEEPSPEED", ("dpo", "kto"), marks=needs_deepspeed),
         pytest.param("cpu_zero2", "DEEPSPEED", NAMES, marks=[needs_deepspeed, pytest.mark.slow]),
         pytest.param("cpu_zero3", "DEEPSPEED", NAMES, marks=[needs_deepspeed, pytest.mark.slow]),
@@ -44,7 +46,7 @@ def test_two_processes_of_two_equal_one_of_four(config, engine, names, base, sin
     """5 held-out rows in batches of 2 × 2: the rows that fill up the last batch must not count."""
     folder, expected = single
     # Under ZeRO-3 the log-probs of the reference are made by one process beforehand, elsewhere by the two.
-    found = run(config, tmp_path, 2, base, (folder if config == "cpu_zero3" else tmp_path) / "kept", names)
+    found = run(config, tmp_path, 2, base, (folder if config == "cpu_zero3" else tmp_path) / "kept", names, engine)
     assert tuple(found) == names and tuple(expected) == NAMES
     for name in names:
         one, two = expected[name], found[name]
