@@ -72,7 +72,7 @@ SETTINGS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--model", default="/tmp/smollm/model", help="causal LM with a chat template; docs/real_runs.md makes one")
@@ -93,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--smoke", **flag, help="a tiny random Llama and one update")
     add("--output", default="output/bench_ppo.json", help="JSON with every figure of every update")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.compare = args.compare or ("lora_head" if args.smoke else "all")
     args.updates, args.cuda = 1 if args.smoke else args.updates, args.device == "cuda"
     args.sides = ("ours",) if args.cuda else ("ours", "trl")

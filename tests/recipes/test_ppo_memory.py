@@ -36,8 +36,9 @@ def test_memory_does_not_creep(tmp_path, monkeypatch, options):
     monkeypatch.setattr(PPOTrainer, "train", lambda self, **kw: (self.add_callback(watch), train(self, **kw))[1])
     arguments = [
         "--output_dir", tmp_path, "--ppo_epochs", 1, "--num_mini_batches", 2, "--max_steps", 400,
-        "--per_device_train_batch_size", 8, "--ptx_batch_size", 8, "--measure_updates", 50, "--log_completions", "false",
-        "--learning_rate", 1e-5, "--save_strategy", "steps", "--save_steps", 100, "--save_total_limit", 1, *options,
+        "--per_device_train_batch_size", 8, "--ptx_batch_size", 8, "--measure_updates", 50, "--learning_rate", 1e-5,
+        "--log_completions", "false", "--save_strategy", "steps", "--save_steps", 100, "--save_total_limit", 1,
+        *options,
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, arguments)])
     runpy.run_path(str(RECIPE), run_name="__main__")
