@@ -148,7 +148,9 @@ def make_prompts(args, tokenizer) -> list[dict]:
     if args.smoke:
         texts = [row["prompt"][-1]["content"] for row in dataset("ppo")["train"].select(range(100))]
     else:
-        texts = [row["chosen"][: row["chosen"].rindex(ANSWER) + len(ANSWER)] for row in read_rows(args.prompts)]
+        # Without the first "Human:" they are plain text, which both sides take as it is.
+        chosen = [row["chosen"].removeprefix("\n\nHuman: ") for row in read_rows(args.prompts)]
+        texts = [text[: text.rindex(ANSWER) + len(ANSWER)] for text in chosen if ANSWER in text]
     texts = [text for text in texts if len(tokenizer(text)["input_ids"]) <= args.prompt_tokens]
     data, count = Dataset.from_dict({"prompt": texts}), args.batch * (args.updates + 2)
     rows = list(tokenize_prompts(data, tokenizer, max_length=args.prompt_tokens, where="--prompts"))
