@@ -207,3 +207,26 @@ def test_merge_writes_a_whole_model_beside_the_adapter(tiny_llama, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_resume_without_a_path_takes_the_last_checkpoint(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"output_dir: {tmp_path / 'out'}\n")
+
+    def point(*words):
+        (args,) = cli.parse((TrainingArguments,), config, [*words, "--use_cpu", "true"])
+        return cli.resume_point(args)
+
+    assert point() is None and point("--resume_from_checkpoint", "false") is None
+    assert point("--resume_from_checkpoint") is None
+    assert "has no checkpoint yet: starting anew" in capsys.readouterr().out
+    for step in (9, 10):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "out" / "tmp-checkpoint-11").mkdir()
+    last, other = str(tmp_path / "out" / "checkpoint-10"), str(tmp_path / "out" / "checkpoint-9")
+    assert point("--resume_from_checkpoint") == point("--resume_from_checkpoint", "true") == last
+    assert point("--resume_from_checkpoint", other) == other
+    with pytest.raises(ValueError, match="checkpoint-8 is no checkpoint. The last one is .*checkpoint-10"):
+        point("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-8"))
