@@ -113,9 +113,9 @@ class SharedBase:
                 if weight.is_floating_point() and uses[id(weight)] == 1:
                     bias = getattr(layer.get_base_layer(), "bias", None)
                     kept.append((layer, weight, weight.data, bias, None if bias is None else bias.data))
-                    if bias is not None:
-                        bias.data = bias.data.clone()
-                    layer.merge(safe_merge=True, adapter_names=[self.role_in_force])
+                    for parameter in filter(lambda p: p is not None, (weight, bias)):
+                        parameter.data = parameter.data.clone()
+                    layer.merge(adapter_names=[self.role_in_force])
             yield
         finally:
             for layer, weight, weight_data, bias, bias_data in kept:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
@@ -207,15 +208,25 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
     def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
         args, metrics = self.args, self.metrics["train"]
         metrics.add("kl_coef", self.kl_control.kl_coef)
-        batches = self.rollouts.make(rows, metrics)
-        self.model_wrapped.train()
         update = self.state.global_step // args.steps_per_update
-        self.buffer.fill(
-            batches, epochs=args.ppo_epochs, mini_batches=args.num_mini_batches, seed=args.seed * 1_000_003 + update
+        schedule = self.buffer.draw_schedule(
+            args.gradient_accumulation_steps * args.num_mini_batches,
+            epochs=args.ppo_epochs,
+            mini_batches=args.num_mini_batches,
+            seed=args.seed * 1_000_003 + update,
         )
+        batches = self.rollouts.make(rows, metrics, first=schedule[0][0] if self._keeps_graphs() else None)
+        self.model_wrapped.train()
+        self.buffer.fill(batches, schedule)
         means = self.rollouts.means
         self.guard.check_rollout(**means)
         self.kl_control.update(means["kl"], len(rows) * self.accelerator.num_processes)
+
+    def _keeps_graphs(self) -> bool:
+        """Whether the micro-batch that is trained on first is scored with its graph kept, and not computed again:
+        where no engine must see each forward, train mode computes the same, and no value function needs the memory."""
+        engine = self.accelerator.distributed_type is not DistributedType.NO
+        return not engine and self.args.disable_dropout and self.model.value in (None, "head")
 
     def _start_step(self) -> None:
         """Draws the pretraining rows of an optimizer step; counts its tokens over all micro-batches and ranks."""
@@ -244,7 +255,9 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             return args.vf_coef * (losses * mask).sum() / tokens
 
         extra = {"features": batch.get("features"), "value_loss": value_loss}
-        out = model(completions, texts, want=want, temperature=args.temperature, **extra)
+        kept, self.rollouts.kept = self.rollouts.kept, {}
+        missing = tuple(name for name in want if name not in kept)
+        out = kept | model(completions, texts, want=missing, temperature=args.temperature, **extra)
         policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
         total = policy - args.entropy_coef * out["entropy"] if args.entropy_coef > 0 else policy
         loss = (total * mask).sum() / tokens

@@ -133,7 +133,9 @@ class PPOConfig(PolicyConfig):
     reward_timeout: float | None = option(None, "Seconds that a reward callable may take for a rollout; None: any.")
     reward_retries: int = option(0, "How often a reward callable that raised or timed out is called again.")
 
-    use_vllm: bool = option(False, "Sample with a vLLM server, which needs a GPU of its own; docs/scaling.md has its command.")
+    use_vllm: bool = option(
+        False, "Sample with a vLLM server, which needs a GPU of its own; docs/scaling.md has its command."
+    )
     vllm_server_base_url: str = option("http://localhost:8000", "Where that server listens.")
     vllm_server_timeout: float = option(240.0, "Seconds to wait until that server is up.")
 

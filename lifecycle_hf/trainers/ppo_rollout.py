@@ -33,6 +33,7 @@ class RolloutMaker:
     Attributes:
         means: of the last rollout over all ranks: "kl" (the sum over tokens, mean over completions, nats), "entropy"
             (mean over tokens, nats) and "length" (tokens per completion).
+        kept: log-probs and entropies of the micro-batch that is trained on first, with their graph, until it is.
         reward_moments: running mean and deviation of the scores, used where `reward_normalization="running"`.
     """
 
@@ -43,6 +44,7 @@ class RolloutMaker:
         self.value = trainer.accelerator.unwrap_model(trainer.model).value
         self.reward_moments = RunningMoments()
         self.means: dict[str, float] = {}
+        self.kept: dict[str, torch.Tensor] = {}
         self.vllm = None
         if self.args.use_vllm:
             self._check_vllm(self.accelerator.unwrap_model(trainer.model))
@@ -52,11 +54,12 @@ class RolloutMaker:
 
     @torch.no_grad()
     def make(
-        self, rows: list[dict[str, Any]], metrics: MetricAccumulator, training: bool = True
+        self, rows: list[dict[str, Any]], metrics: MetricAccumulator, training: bool = True, first: int | None = None
     ) -> list[dict[str, torch.Tensor]]:
         """Samples a completion for each row and returns micro-batches of what the losses need.
 
-        Outside training sampling is seeded by itself, so that an evaluation leaves the run as it was.
+        Outside training sampling is seeded by itself, so that an evaluation leaves the run as it was. The graph of the
+        micro-batch `first` is left in `kept`.
 
         Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
         "advantages", and with a critic "values", "returns"; for a value head "features" [B, T + 1, H].
@@ -73,10 +76,10 @@ class RolloutMaker:
         self._log_scores(raw, scores, ended, completion_ids, metrics)
         if training and self.args.log_completions and self._time_to_show():
             self._show(samples, raw, scores)
-        scored, self._sums = [], []
-        for i, batch in enumerate(batches):
-            part = slice(i * size, (i + 1) * size)
-            scored.append(self._score(batch, scores[part].to(batch.input_ids.device), ended[part], metrics))
+        scored, self._sums, self.kept = [{} for _ in batches], [], {}
+        for i in sorted(range(len(batches)), key=lambda i: i == first):  # a graph is kept no longer than need be
+            part, device = slice(i * size, (i + 1) * size), batches[i].input_ids.device
+            scored[i] = self._score(batches[i], scores[part].to(device), ended[part], metrics, keep=i == first)
         self._finish_advantages(scored, metrics)
         kl, entropy, tokens, count = self._reduce(*(sum(column) for column in zip(*self._sums, strict=True)))
         self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count}
@@ -205,11 +208,25 @@ class RolloutMaker:
         metrics.add("completions/no_eos", (~ended).sum(), n)
         metrics.add("completions/length", sum(map(len, completion_ids)), n)
 
-    def _score(self, batch: Completions, scores, ended, metrics: MetricAccumulator) -> dict[str, torch.Tensor]:
+    def _forward(self, batch: Completions, keep: bool) -> dict[str, torch.Tensor]:
+        """What every role says of a micro-batch; with `keep` the policy's part has its graph in `kept`."""
+        policy, others = ("logprobs", "entropy"), ("ref_logprobs",) + ("values",) * (self.value is not None)
+        others += ("ref_states",) * (self.value == "head")
+        if not keep:
+            return self._run(batch, *policy, *others)
+        out = self._run(batch, *others)
+        self.trainer.model_wrapped.train()  # the mode in which checkpointing works
+        with torch.enable_grad():
+            gradient = ("entropy_gradient",) * (self.args.entropy_coef > 0)
+            self.kept = {name: x for name, x in self._run(batch, *policy, *gradient).items() if name in policy}
+        return out | {name: x.detach() for name, x in self.kept.items()}
+
+    def _score(
+        self, batch: Completions, scores, ended, metrics: MetricAccumulator, keep: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Log-probs, KL, values and unwhitened advantages of a micro-batch."""
         args, kl_coef, mask = self.args, self.trainer.kl_control.kl_coef, batch.mask
-        want = {None: (), "head": ("values", "ref_states")}.get(self.value, ("values",))
-        out = self._run(batch, "logprobs", "entropy", "ref_logprobs", *want)
+        out = self._forward(batch, keep)
         kl = torch.where(mask, kl_estimate(out["logprobs"], out["ref_logprobs"]), 0.0)
         rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
         metrics.add("kl", kl.sum(), len(scores))

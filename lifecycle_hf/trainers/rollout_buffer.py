@@ -51,13 +51,18 @@ class RolloutBuffer:
         self.schedule: list[list[int]] = []
         self.micro_step = 0
 
-    def fill(self, batches: list[dict[str, torch.Tensor]], *, epochs: int, mini_batches: int, seed: int) -> None:
-        """Takes a new rollout and draws its schedule: `epochs` × `mini_batches` lists of micro-batches."""
-        per_step = len(batches) // mini_batches
-        self.batches, self.schedule, self.micro_step = batches, [], 0
+    @staticmethod
+    def draw_schedule(batches: int, *, epochs: int, mini_batches: int, seed: int) -> list[list[int]]:
+        """`epochs` × `mini_batches` lists of micro-batches, one for each optimizer step."""
+        per_step, schedule = batches // mini_batches, []
         for epoch in range(epochs):
-            order = shuffled(len(batches), seed * epochs + epoch)
-            self.schedule += [order[i * per_step : (i + 1) * per_step] for i in range(mini_batches)]
+            order = shuffled(batches, seed * epochs + epoch)
+            schedule += [order[i * per_step : (i + 1) * per_step] for i in range(mini_batches)]
+        return schedule
+
+    def fill(self, batches: list[dict[str, torch.Tensor]], schedule: list[list[int]]) -> None:
+        """Takes a new rollout and the schedule that was drawn for it."""
+        self.batches, self.schedule, self.micro_step = batches, schedule, 0
 
     @property
     def micro_steps(self) -> int:
