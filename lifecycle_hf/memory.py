@@ -182,7 +182,7 @@ def estimate_memory(shape: Shape, run: Run | None = None, **options) -> MemoryEs
     linear, other = shape.parameters()
     codes, constants = shape.nf4_bytes() if run.method == "qlora" else (linear * w, 0)
     classifier, lora = sum(shape.parameters(head=1)), 0 if full else shape.lora_parameters(run.rank)
-    heads = {"head": 3 * shape.hidden + 1, "adapter": lora + shape.hidden + 1}
+    heads = {"head": shape.hidden**2 + 4 * shape.hidden + 1, "adapter": lora + shape.hidden + 1}
     frozen = {
         "base": 0 if full else codes + other * w,
         "reference": (linear + other) * w if full else 0,

@@ -31,20 +31,24 @@ class ScalarHead(nn.Module):
 
 
 class NormalisedHead(ScalarHead):
-    """v = w·LayerNorm(h) + b: a scalar head for states that it can't scale itself, as those of a frozen model.
+    """v = w·tanh(U·LayerNorm(h) + c) + b: a head of one hidden layer for the states of a frozen model.
 
-    Without the norm its gradient has the size of the states, which is in the tens.
+    Without the norm its gradient has the size of the states, which is in the tens; without the hidden layer it
+    explains a third of the returns where an adapter explains nine tenths (docs/ppo.md).
     """
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm, dense = self.norm, self.dense
         with torch.autocast(hidden.device.type, enabled=False):
-            weight, bias = self.norm.weight.float(), self.norm.bias.float()
-            normed = nn.functional.layer_norm(hidden.float(), self.norm.normalized_shape, weight, bias, self.norm.eps)
-        return super().forward(normed)
+            parameters = norm.weight.float(), norm.bias.float()
+            normed = nn.functional.layer_norm(hidden.float(), norm.normalized_shape, *parameters, norm.eps)
+            hidden = torch.tanh(nn.functional.linear(normed, dense.weight.float(), dense.bias.float()))
+        return super().forward(hidden)
 
 
 def last_token_hidden(hidden: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Three value functions: a head on frozen states, an adapter, a model; and when their loss is differentiated."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -31,9 +32,12 @@ def test_normalised_head_by_hand():
     with torch.no_grad():
         head.linear.weight.copy_(torch.tensor([[3.0, 1.0]]))
         head.linear.bias.fill_(0.5)
-    # mean 7, deviation 3: the state is (-1, 1) once normalised, and its size plays no part
+        head.dense.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        head.dense.bias.copy_(torch.tensor([0.0, 1.0]))
+    # mean 7, deviation 3: the state is (-1, 1) once normalised, and its size plays no part; then (-1, 3) and tanh
+    expected = 3 * math.tanh(-1) + math.tanh(3) + 0.5
     for scale in (1.0, 100.0):
-        close(head(scale * torch.tensor([[4.0, 10.0]])), torch.tensor([-3.0 + 1.0 + 0.5]), atol=1e-4, rtol=1e-4)
+        close(head(scale * torch.tensor([[4.0, 10.0]])), torch.tensor([expected]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_peft", [False, True])
