@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lifecycle_setting import shake
+from lifecycle_setting import SIZES, VOCAB, shake
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -34,18 +34,7 @@ SMOLLM2 = Path(os.environ.get("LIFECYCLE_HF_SMOLLM2", "/tmp/smollm/model"))
 PROMPTS = [[7, 8, 9], [10], [7, 8, 9], [11, 12, 13, 14, 15]]
 COMPLETIONS = [[20, 21], [22, 23, 24, 2], [25], [26, 27, 28, 29, 30, 31, 32]]
 GROUPS = [5, 0, 5, 3]
-VOCAB = 97
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # large enough for attention to matter
-    "pad_token_id": 0,
-}
+SIZES = SIZES | {"max_position_embeddings": 128}
 WINDOWED = {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 PACKABLE = {
     "llama": {},

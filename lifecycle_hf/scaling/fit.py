@@ -17,9 +17,9 @@ LARGEST_EXP = 300.0
 def fit_scaling_law(
     parameters, tokens, losses, *, delta: float = 1e-3, bootstrap: int = 1000, seed: int = 0, starts=GRID
 ) -> ScalingLaw:
-    """Fit L(N, D) = E + A/N^α + B/D^β to runs (Eq. 10, approach 3 of Hoffmann et al. 2022, arXiv 2203.15556).
+    """Fit L(N, D) = E + A/N^α + B/D^β to runs (Eq. 2, approach 3 of Hoffmann et al. 2022, arXiv 2203.15556).
 
-    min over a, b, e, α, β of Σ Huber_δ(LSE(a − α·log N, b − β·log D, e) − log L), A = e^a, B = e^b, E = e^e (Eq. 3).
+    min over a, b, e, α, β of Σ Huber_δ(LSE(a − α·log N, b − β·log D, e) − log L), A = e^a, B = e^b, E = e^e (Eq. 11).
     A sum, and a stop by relative progress: a mean, stopped where it was small, spoilt the published constants
     (Besiroglu et al. 2024, arXiv 2404.10102). BFGS from every start, all at once; the best end is kept. Each resample
     of the points starts from there and from its own two best points of the grid.
@@ -106,7 +106,7 @@ def _huber(residuals, delta):
 
 
 def objective(theta, x, y, weights, delta):
-    """Σ_i w_i·Huber_δ(LSE(a − α·x₁ᵢ, b − β·x₂ᵢ, e) − y_i) and its gradient, for many θ at once (Eq. 3).
+    """Σ_i w_i·Huber_δ(LSE(a − α·x₁ᵢ, b − β·x₂ᵢ, e) − y_i) and its gradient, for many θ at once (Eq. 11).
 
     Args:
         theta: [rows, 5], e, a, b, α, β.
