@@ -48,11 +48,12 @@ def read_text(path: str | Path, *, separator: str | None = None, strict: bool = 
 class TokenStream:
     """Token ids [N] of a corpus, one document behind the other, and where documents start [D].
 
-    Both may be memory-mapped, e.g. ``np.load(path, mmap_mode="r")``.
+    Both may be memory-mapped, e.g. ``np.load(path, mmap_mode="r")``. Errors call the corpus `where`.
     """
 
     ids: np.ndarray
     starts: np.ndarray
+    where: str = "train_dataset"
 
     @classmethod
     def from_documents(cls, documents: Dataset | Iterable, eos_id: int, where: str = "train_dataset") -> "TokenStream":
@@ -67,13 +68,13 @@ class TokenStream:
         if not joined:
             raise ValueError(f"{where}: the corpus has no token. Check the split, its filters and its text column.")
         starts = np.cumsum(np.concatenate([[0], *(lengths for _, lengths in joined)]))[:-1]
-        return cls(np.concatenate([ids for ids, _ in joined]), starts)
+        return cls(np.concatenate([ids for ids, _ in joined]), starts, where)
 
     def __len__(self):
         return len(self.ids)
 
 
-def _joined(documents, eos_id: int, where: str = "train_dataset") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _joined(documents, eos_id: int, where: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ids of many documents at a time, each ended by EOS, and their lengths."""
     for ids, lengths in _batches(documents, where):
         lengths = lengths[lengths > 0]
@@ -126,7 +127,7 @@ class PackedDataset(MapDataset):
         self, stream: TokenStream, context_length: int, *, across_documents: bool = True, keep_last: bool = False
     ):
         check_context(context_length)
-        _check_corpus(len(stream), 2 if keep_last else context_length)
+        _check_corpus(len(stream), 2 if keep_last else context_length, stream.where)
         self.stream, self.context_length, self.across_documents = stream, context_length, across_documents
         rest = len(stream) % context_length
         # A single token has nothing to predict.
@@ -155,10 +156,11 @@ class PackedDataset(MapDataset):
         }
 
 
-def _check_corpus(tokens: int, least: int) -> None:
+def _check_corpus(tokens: int, least: int, where: str) -> None:
     if tokens < least:
         raise ValueError(
-            f"the corpus has {tokens} tokens, fewer than the {least} of one row. Add text or shorten the context."
+            f"{where}: the corpus has {tokens} tokens, fewer than the {least} of one row. Add text or shorten the "
+            "context."
         )
 
 
@@ -192,7 +194,7 @@ class RowDataset(_Epoch, MapDataset):
 
     def __init__(self, stream: TokenStream, plan: RowPlan, *, seed: int):
         super().__init__()
-        _check_corpus(len(stream), plan.lengths.max())
+        _check_corpus(len(stream), plan.lengths.max(), stream.where)
         self.stream, self.plan, self.seed = stream, plan, seed
         kinds = plan.draw(example_rng(seed, 0, len(stream)), len(stream) // plan.lengths.min())
         ends = np.cumsum(plan.lengths[kinds])
@@ -221,20 +223,25 @@ class RowDataset(_Epoch, MapDataset):
 
 
 def cut_stream(
-    documents: Iterable, lengths: Iterable[int], eos_id: int, *, keep_last: bool = False
+    documents: Iterable,
+    lengths: Iterable[int],
+    eos_id: int,
+    *,
+    keep_last: bool = False,
+    where: str = "train_dataset",
 ) -> Iterator[np.ndarray]:
     """Documents joined by EOS and cut to pieces of the given lengths; the last, incomplete one only if `keep_last`.
 
     Raises:
         ValueError: fewer tokens than one piece has, or none.
     """
-    batches, buffer = _joined(documents, eos_id), np.empty(0, dtype=np.int32)
+    batches, buffer = _joined(documents, eos_id, where), np.empty(0, dtype=np.int32)
     for number, length in enumerate(lengths):
         while len(buffer) < length:
             batch = next(batches, None)
             if batch is None:
                 if not number:
-                    _check_corpus(len(buffer), 1 if keep_last else length)
+                    _check_corpus(len(buffer), 1 if keep_last else length, where)
                 if keep_last and len(buffer):
                     yield buffer
                 return
@@ -264,7 +271,15 @@ class RowStream(_Epoch, IterableDataset):
     """
 
     def __init__(
-        self, documents: Iterable, plan: RowPlan, eos_id: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        documents: Iterable,
+        plan: RowPlan,
+        eos_id: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        where: str = "train_dataset",
     ):
         super().__init__()
         if not 0 <= rank < world_size:
@@ -275,7 +290,7 @@ class RowStream(_Epoch, IterableDataset):
                 "(IterableDataset.from_generator(your_function)) or an object whose __iter__ starts anew."
             )
         self.documents, self.plan, self.eos_id, self.seed = documents, plan, eos_id, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.where = rank, world_size, where
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray | int]]:
         worker, epoch = get_worker_info(), self.epoch
@@ -291,7 +306,7 @@ class RowStream(_Epoch, IterableDataset):
                 drawn[:] = [index, int(self.plan.draw(rng)), rng]
                 yield self.plan.lengths[drawn[1]]
 
-        for ids in cut_stream(self.documents, lengths(), self.eos_id):
+        for ids in cut_stream(self.documents, lengths(), self.eos_id, where=self.where):
             index, kind, rng = drawn
             if index % shards == shard:
                 yield self.plan.row(kind, ids, rng)

@@ -285,7 +285,7 @@ def make_rows(dataset, plan: RowPlan, tokenizer: PreTrainedTokenizerBase, args: 
     with args.main_process_first(desc=f"tokenising {where}"):
         documents = encode_corpus(dataset, tokenizer, field=args.dataset_text_field, where=where)
     if isinstance(documents, StreamedDataset):
-        return RowStream(documents, plan, tokenizer.eos_token_id, seed=args.seed)
+        return RowStream(documents, plan, tokenizer.eos_token_id, seed=args.seed, where=where)
     stream = TokenStream.from_documents(documents, tokenizer.eos_token_id, where=where)
     if isinstance(plan, CausalRows):
         return PackedDataset(stream, args.max_length, across_documents=args.across_documents)

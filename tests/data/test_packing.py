@@ -210,7 +210,7 @@ def test_read_text(tmp_path):
     assert read_text(path) == ["one\ntwo"] and read_text(path, separator="\n") == ["one", "two"]
 
 
-SHORT = TokenStream.from_documents([[5, 6, 7]], EOS)
+SHORT = TokenStream.from_documents([[5, 6, 7]], EOS, "eval_dataset")
 WRONG = {
     "empty": (
         lambda: TokenStream.from_documents([[], []], EOS, "eval_dataset"),
@@ -221,8 +221,16 @@ WRONG = {
         r"train_dataset: packing reads the column 'input_ids'; columns found: \['text'\]. Tokenise first",
     ),
     "text": (lambda: TokenStream.from_documents(["a b"], EOS), "reads lists of token ids, not str. Tokenise first"),
-    "short": (lambda: PackedDataset(SHORT, 8), "the corpus has 4 tokens, fewer than the 8 of one row"),
-    "short rows": (lambda: RowDataset(SHORT, CausalRows(8), seed=0), "the corpus has 4 tokens, fewer than the 8"),
+    "short": (lambda: PackedDataset(SHORT, 8), "eval_dataset: the corpus has 4 tokens, fewer than the 8 of one"),
+    "short rows": (lambda: RowDataset(SHORT, CausalRows(8), seed=0), "eval_dataset: the corpus has 4 tokens, fewer"),
+    "short rows of a stream": (
+        lambda: list(RowStream([[5]], CausalRows(8), EOS, seed=0, where="eval_dataset")),
+        "eval_dataset: the corpus has 2 tokens, fewer than the 8",
+    ),
+    "text in a stream": (
+        lambda: list(RowStream(["a b"], CausalRows(8), EOS, seed=0, where="eval_dataset")),
+        "eval_dataset: packing reads lists of token ids, not str",
+    ),
     "short stream": (lambda: list(pack_stream([[5]], 8, EOS)), "the corpus has 2 tokens, fewer than the 8"),
     "empty stream": (lambda: list(pack_stream([], 8, EOS, keep_last=True)), "the corpus has 0 tokens"),
     "context": (lambda: PackedDataset(SHORT, 1), "context_length=1: a row needs at least 2 tokens"),

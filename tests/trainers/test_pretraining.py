@@ -48,14 +48,16 @@ def t5():
     )  # fmt: skip
 
 
-def trainer(tmp_path, tokenizer, objective="causal", model=None, dataset=TEXTS, callbacks=None, **options):
+def trainer(
+    tmp_path, tokenizer, objective="causal", model=None, dataset=TEXTS, callbacks=None, evaluated=None, **options
+):
     defaults = {
         "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "report_to": "none", "use_cpu": True,
         "save_strategy": "no", "disable_tqdm": True, "max_length": 96, "lr_scheduler_type": "constant",
     }  # fmt: skip
     args = PretrainingConfig(str(tmp_path), objective=objective, **(defaults | options))
     model = model_for(objective) if model is None else model
-    return PretrainingTrainer(model, args, dataset, processing_class=tokenizer, callbacks=callbacks)
+    return PretrainingTrainer(model, args, dataset, evaluated, tokenizer, callbacks=callbacks)
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked", "prefix", "span_corruption", "ul2"])
@@ -189,6 +191,8 @@ def test_causal_models_take_denoising_with_a_word(tmp_path, tokenizer):
         ("causal", None, {"denoiser_weights": [1.0]}, "one kind of row"),
         ("ul2", None, {"max_length": 32}, "64"),
         ("causal", None, {"dataset": Dataset.from_dict({"text": []})}, "train_dataset is an empty corpus"),
+        ("prefix", None, {"dataset": Dataset.from_dict({"text": ["a"]})}, "train_dataset: the corpus has 2 tokens"),
+        ("causal", None, {"evaluated": Dataset.from_dict({"text": ["a"]})}, "eval_dataset: the corpus has 2 tokens"),
         ("causal", None, {"dataset": Dataset.from_dict({"body": ["a"]})}, r"columns \['body'\]"),
     ],
 )
