@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lifecycle_hf.data.corpora import byte_level_bpe
+from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM
 from lifecycle_hf.toyworld.dialogue import POLITE, REFUSALS, compliance, requests, statement
 from lifecycle_hf.toyworld.world import document
 
@@ -56,12 +57,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Return a tiny Llama (about 0.7 million parameters, 3 layers, tied embeddings, 256 positions), random by `seed`.
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LifecycleForCausalLM:
+    """Return a tiny causal model (0.7 million parameters, 3 layers, tied embeddings, 256 positions), random by `seed`.
 
     The global random state is left as it was.
     """
-    config = LlamaConfig(
+    config = LifecycleConfig(
+        attention="causal",
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -77,4 +79,4 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LifecycleForCausalLM(config)

@@ -22,6 +22,7 @@ from lifecycle_hf.toyworld.model import build_model, build_tokenizer
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("torch", "transformers", "trl", "tokenizers")
 _WORLD = ("world.py", "dialogue.py", "model.py")
+_BACKBONE = ("configuration_lifecycle.py", "modeling_lifecycle.py")
 _DATA = ("gold.py", "data.py")
 _PREVIOUS = {"init": None, "sft": "init", "reward": "sft"}
 _TRAINERS = {"sft": ("sft.py", "stage.py", "base.py"), "reward": ("reward.py", "stage.py", "base.py")}
@@ -99,7 +100,9 @@ def _build_init(folder: Path) -> None:
 def _sources(stage: str) -> list[Path]:
     package = _ROOT / "lifecycle_hf"
     paths = [package / "toyworld" / name for name in (_WORLD if stage == "init" else _DATA)]
-    if stage != "init":
+    if stage == "init":
+        paths += [package / "models" / "lifecycle" / name for name in _BACKBONE]
+    else:
         paths += [package / "trainers" / name for name in _TRAINERS[stage]]
         paths += [_ROOT / "recipes" / f"{stage}.py", _ROOT / "recipes" / "configs" / f"{stage}_toyworld.yaml"]
     return paths
