@@ -2,6 +2,8 @@
 
 import math
 
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
+
 
 class FixedKL:
     """Keeps β constant.
@@ -69,3 +71,39 @@ class ExponentialKL(FixedKL):
         # Past this exponent the clamp decides and exp would overflow.
         exponent = min(self.rate * kl, 700.0)
         self.kl_coef = min(max(self.initial * math.exp(exponent), self.minimum), self.maximum)
+
+
+class KLBudget(FixedKL):
+    """Lets a policy spend at most `budget` nats: β = kl_coef + λ, λ ← max(0, λ + rate·(KL − budget)), β ≤ maximum.
+
+    λ is the multiplier of the constraint KL ≤ budget, so that β stays at its floor while the policy spends less. Dual
+    ascent alone holds a constraint in the long run only. The hard part is the trainer's: an update after which
+    [`rejects`] is true is taken back.
+
+    Args:
+        kl_coef: floor of β.
+        budget: most KL of the policy, sequence sum, nats.
+        rate: step of the dual ascent, β per nat.
+        maximum: most that β becomes.
+    """
+
+    def __init__(self, kl_coef: float, *, budget: float, rate: float = 0.1, maximum: float = 1.0):
+        super().__init__(kl_coef)
+        if not budget > 0:
+            raise ValueError(f"budget={budget} nats must be above 0.")
+        if not maximum > kl_coef:
+            raise ValueError(f"{maximum=} must lie above kl_coef={kl_coef}, or β could not rise.")
+        self.floor, self.budget = kl_coef, budget
+        self.multiplier = LagrangeMultiplier(budget, rate=rate, maximum=maximum - kl_coef)
+
+    def rejects(self, kl: float) -> bool:
+        """Whether a policy of this measured KL has spent more than the budget; one that is not finite has."""
+        return not kl <= self.budget
+
+    def update(self, kl: float, n: int) -> None:
+        self.multiplier.update(kl)
+        self.kl_coef = self.floor + self.multiplier.value
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        super().load_state_dict(state)
+        self.multiplier.value = self.kl_coef - self.floor

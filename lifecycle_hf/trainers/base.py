@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.callbacks import PREFIX
 from lifecycle_hf.trainers.model_card import write_model_card
@@ -28,6 +29,7 @@ CARD_OPTIONS = (
 )  # fmt: skip
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything whose state must survive a checkpoint."""
 
@@ -110,13 +112,33 @@ class LogState(TrainerCallback):
         trainer.metrics["train"].sums = state["sums"]
 
 
+class DualAscent(TrainerCallback):
+    """After every optimizer step, moves the multipliers of a trainer by the means of what it saw in that step, over
+    all micro-batches and ranks; logs them as `lambda/<name>`."""
+
+    def __init__(self, trainer):
+        self.trainer, self.multipliers, self.seen = trainer, {}, MetricAccumulator()
+
+    def watch(self, name: str, multiplier: LagrangeMultiplier) -> None:
+        if not self.multipliers:
+            self.trainer.add_callback(self)
+        self.multipliers[name] = self.trainer.stateful[f"multiplier_{name}"] = multiplier
+
+    def on_step_end(self, *args, **kwargs):
+        means = self.seen.reduce(self.trainer.accelerator)
+        for name, multiplier in self.multipliers.items():
+            if name in means:
+                multiplier.update(means[name])
+            self.trainer.metrics["train"].add(f"lambda/{name}", multiplier.value)
+
+
 class LifecycleTrainerMixin:
     """Put before `transformers.Trainer` (or a subclass) in the bases of a trainer.
 
     - `self.metrics["train" | "eval"]` are [`MetricAccumulator`]s that `log` and evaluations reduce and merge in.
     - `self.stateful` names [`Stateful`] objects, saved in every checkpoint as `lifecycle_<name>` and restored on
       resume; those in `self.stateful_per_rank` hold state that differs between ranks.
-    - [`add_auxiliary_loss`] adds a loss of the model to that of the trainer.
+    - [`add_auxiliary_loss`] adds a loss of the model to that of the trainer, [`constrain_objective`] weighs that.
     - `create_model_card` tells what the attributes say: `card_objective`, `card_paper` (title, arXiv id), the values
       of the common options and of those in `card_options`, `dataset_name` and the table in `tax_report`.
     """
@@ -133,16 +155,21 @@ class LifecycleTrainerMixin:
         self.stateful_per_rank: dict[str, Stateful] = {}
         self.log_state = LogState(self)
         self._staging: Path | None = None
-        self._auxiliary: dict[str, tuple[Callable[[nn.Module], torch.Tensor], float]] = {}
+        self._auxiliary: dict[str, tuple[Callable[[nn.Module], torch.Tensor], float | LagrangeMultiplier]] = {}
+        self._objective: LagrangeMultiplier | None = None
+        self.dual_ascent = DualAscent(self)
 
     def add_auxiliary_loss(
-        self, name: str, function: Callable[[nn.Module], torch.Tensor], weight: float = 1.0
+        self, name: str, function: Callable[[nn.Module], torch.Tensor], weight: float | LagrangeMultiplier = 1.0
     ) -> None:
         """Adds weight·function(policy) to the loss of every optimizer step, logged as `loss/<name>`.
 
+        A fixed weight makes a weighted sum of two objectives; with a [`LagrangeMultiplier`] the trainer's own loss is
+        minimised subject to its limit on the auxiliary one, and λ moves with the mean of every optimizer step.
+
         Args:
             function: from the model that trains (without its engine's wrapper) to a scalar. Its mean is taken over the
-                step's micro-batches and ranks.
+                step's micro-batches and ranks. One with a state (see [`Stateful`]) has it saved and restored.
 
         Raises:
             ValueError: there is one of that name already, or ZeRO-3 has sharded the parameters, of which the function
@@ -153,18 +180,39 @@ class LifecycleTrainerMixin:
         if name in self._auxiliary:
             raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")
         self._auxiliary[name] = (function, weight)
+        if isinstance(function, Stateful):
+            self.stateful[f"loss_{name}"] = function
+        if isinstance(weight, LagrangeMultiplier):
+            self.dual_ascent.watch(name, weight)
+
+    def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:
+        """Weighs the trainer's own loss by λ: the auxiliary losses are minimised subject to its mean's limit.
+
+        Raises:
+            ValueError: the limit is a floor; a loss needs a ceiling.
+        """
+        if multiplier.sign < 0:
+            raise ValueError("constrain_objective: a loss is held under a ceiling, sense='at_most'.")
+        self._objective = multiplier
+        self.dual_ascent.watch("objective", multiplier)
 
     def with_auxiliary(self, loss: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """`loss` of a micro-batch plus its share of the auxiliary losses; an evaluation has none."""
-        if not self._auxiliary or not self.model.training:
+        if not (self._auxiliary or self._objective) or not self.model.training:
             return loss
         whole = self.accelerator.unwrap_model(self.model)
-        share, scaled = 1.0, self.loss_is_scaled_for_ga
+        share, scaled, seen = 1.0, self.loss_is_scaled_for_ga, self.dual_ascent.seen
         if scaled or (scaled is None and self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             share = 1 / self.current_gradient_accumulation_steps
+        if self._objective is not None:
+            seen.add("objective", loss.detach() / share)
+            loss = self._objective.value * loss
         for name, (function, weight) in self._auxiliary.items():
             value = function(getattr(whole, "policy", whole))
             self.metrics["train"].add(f"loss/{name}", value.detach())
+            if isinstance(weight, LagrangeMultiplier):
+                seen.add(name, value.detach())
+                weight = weight.weight
             loss = loss + share * weight * value
         return loss
 

@@ -25,6 +25,10 @@ class TaxMonitor(TrainerCallback):
     was called, and to its log history in any case: checkpoints carry them there, so that a resumed run keeps the
     measurements of its first start.
 
+    With `metric_for_best_model="tax/NAME"` every evaluation of the trainer has them too, as `eval_tax/NAME`, measured
+    then if they were not at this step: so they drive transformers' `load_best_model_at_end` and, where it comes after
+    this callback, `EarlyStoppingCallback(patience)`.
+
     Attributes: `before`, `after` ({name: value}, the first and the latest), `history` (rows with `step`).
     """
 
@@ -37,7 +41,7 @@ class TaxMonitor(TrainerCallback):
         self.every = every
         self.higher_is_better = dict(higher_is_better)
         self.history = []
-        self._log = None
+        self._log, self._measuring = None, False
 
     def attach(self, trainer):
         """Add this callback to `trainer` and log through it."""
@@ -58,6 +62,12 @@ class TaxMonitor(TrainerCallback):
         return TaxReport(self.before, self.after, self.higher_is_better, **labels)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        best = self._best(args)
+        if best is not None and args.greater_is_better != self.higher_is_better[best]:
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} and greater_is_better={args.greater_is_better} "
+                f"would keep the worst model: TaxMonitor has higher_is_better={self.higher_is_better[best]}."
+            )
         self.history = [_row(entry) for entry in state.log_history if any(key.startswith(PREFIX) for key in entry)]
         if not self.history:
             self._measure(state, model, processing_class)
@@ -68,15 +78,29 @@ class TaxMonitor(TrainerCallback):
             self._measure(state, model, processing_class)
             control.should_log, control.should_evaluate = due
 
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, metrics=None, **kwargs):
+        if self._best(args) is None or self._measuring:  # a metric may be an evaluation itself
+            return
+        if not self.history or self.history[-1]["step"] != state.global_step:
+            self._measure(state, model, processing_class)
+        metrics.update({f"eval_{PREFIX}{name}": value for name, value in self.after.items()})
+
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.history[-1]["step"] != state.global_step:
             self._measure(state, model, processing_class)
+
+    def _best(self, args):
+        """The metric of this monitor that chooses the best model, or None."""
+        named = (getattr(args, "metric_for_best_model", None) or "").removeprefix("eval_")
+        return next((name for name in self.higher_is_better if PREFIX + name == named), None)
 
     def _measure(self, state, model, tokenizer):
         whole = extract_model_from_parallel(model)
         policy = getattr(whole, "policy", whole)
         with _undisturbed(policy), nullcontext() if policy is whole else unsharded(whole):
+            self._measuring = True
             values = {name: float(value) for name, value in self.metrics(policy, tokenizer).items()}
+            self._measuring = False
             unknown = values.keys() ^ self.higher_is_better.keys()
             if unknown:
                 raise ValueError(f"TaxMonitor: only one of metrics and higher_is_better names {sorted(unknown)}.")

@@ -1,5 +1,6 @@
 """PPO with pretraining mix: InstructGPT's objective on transformers' own training loop."""
 
+import copy
 import math
 import time
 from dataclasses import fields
@@ -10,12 +11,15 @@ from accelerate import DistributedType
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
-from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
+from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
 from lifecycle_hf.rollouts import stop_token_ids
 from lifecycle_hf.scoring import Completions
+from lifecycle_hf.trainers.capability import PretrainingRows
 from lifecycle_hf.trainers.faults import FaultGuard
+from lifecycle_hf.trainers.kl_budget import BudgetKeeper
 from lifecycle_hf.trainers.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
@@ -26,7 +30,7 @@ from lifecycle_hf.trainers.ppo_setup import (
     prepare_pretraining,
     prepare_prompts,
 )
-from lifecycle_hf.trainers.rollout_buffer import PretrainingRows, RolloutBuffer, RolloutSampler
+from lifecycle_hf.trainers.rollout_buffer import RolloutBuffer, RolloutSampler
 
 ROLLOUT_LAYOUT = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs",
@@ -64,6 +68,8 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    budget: BudgetKeeper | None = None
+    score_floor: LagrangeMultiplier | None = None
     card_objective = (
         "Maximise E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] by PPO's clipped surrogate: GAE, a clipped "
         "value loss, the KL (k1) in the reward of every token, the pretraining loss as a mean per token."
@@ -125,7 +131,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.guard = FaultGuard(self)
         self.add_callback(self.guard)
         moments = self.rollouts.reward_moments
-        self.stateful = {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
+        self.stateful |= {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
         self.stateful_per_rank = {"rollout": self.buffer}
         self.can_return_loss = True
         self.label_names = []
@@ -138,7 +144,27 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
         if args.kl_control == "exponential":
             return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
+        if args.kl_control == "budget":
+            self.budget = self.stateful["kl_budget"] = BudgetKeeper(self)
+            self.add_callback(self.budget)
+            return KLBudget(args.kl_coef, budget=args.kl_budget, rate=args.kl_rate, maximum=args.kl_coef_max)
         return FixedKL(args.kl_coef)
+
+    def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:
+        """Weighs the policy loss by λ: pretraining and auxiliary losses are minimised subject to a floor of the score.
+
+        λ moves with the mean score of every rollout. The value loss keeps its weight.
+
+        Raises:
+            ValueError: the limit is no floor, or scores are normalised, so that their mean says nothing.
+        """
+        if multiplier.sign > 0 or self.args.reward_normalization != "none":
+            raise ValueError(
+                "PPOTrainer.constrain_objective holds the mean score above a floor: sense='at_least', and "
+                f"reward_normalization='none', which is {self.args.reward_normalization!r} here."
+            )
+        self.score_floor = multiplier
+        self.dual_ascent.watch("objective", multiplier)
 
     def _settles_values(self) -> bool:
         """Sharded parameters come and go with their own backward, reentrant checkpointing knows no other, and fp16's
@@ -215,7 +241,6 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
 
     def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
         args, metrics = self.args, self.metrics["train"]
-        metrics.add("kl_coef", self.kl_control.kl_coef)
         update = self.state.global_step // args.steps_per_update
         schedule = self.buffer.draw_schedule(
             args.gradient_accumulation_steps * args.num_mini_batches,
@@ -223,13 +248,24 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             mini_batches=args.num_mini_batches,
             seed=args.seed * 1_000_003 + update,
         )
-        batches = self.rollouts.make(rows, metrics, first=schedule[0][0] if self._keeps_graphs() else None)
+        first, size = schedule[0][0] if self._keeps_graphs() else None, len(rows) * self.accelerator.num_processes
+        logged = copy.deepcopy(metrics.sums)
+        batches = self.rollouts.make(rows, metrics, first=first)
+        rejected = self.budget is not None and self.budget.takes_back(self.rollouts.means["kl"], size)
+        if rejected:
+            metrics.sums = logged  # the log is of what is trained on
+            batches = self.rollouts.make(rows, metrics, first=first)
+        if self.budget is not None:
+            metrics.add("kl_budget/rejected", float(rejected))
         self.model_wrapped.train()
         self.buffer.fill(batches, schedule)
+        metrics.add("kl_coef", self.kl_control.kl_coef)
         means = self.rollouts.means
-        self.guard.check_rollout(**means)
-        if math.isfinite(means["kl"]):
-            self.kl_control.update(means["kl"], len(rows) * self.accelerator.num_processes)
+        if self.score_floor is not None:
+            self.dual_ascent.seen.add("objective", means["score"])
+        self.guard.check_rollout(kl=means["kl"], entropy=means["entropy"], length=means["length"])
+        if math.isfinite(means["kl"]) and not rejected:
+            self.kl_control.update(means["kl"], size)
 
     def _keeps_graphs(self) -> bool:
         """Whether the micro-batch that is trained on first is scored with its graph kept, and not computed again:
@@ -273,6 +309,8 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         missing = tuple(name for name in want if name not in kept)
         out = kept | model(completions, texts, want=missing, temperature=args.temperature, **extra)
         policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
+        if self.score_floor is not None:
+            policy = self.score_floor.value * policy
         total = policy - args.entropy_coef * out["entropy"] if args.entropy_coef > 0 else policy
         loss = (total * mask).sum() / tokens
         parts = {"policy": loss.detach(), "value": out.get("value_loss", torch.zeros(())).detach()}

@@ -7,7 +7,7 @@ from lifecycle_hf.trainers.options import PolicyConfig, option
 
 CHOICES = {
     "value": (None, "head", "adapter", "model"),
-    "kl_control": ("fixed", "adaptive", "exponential"),
+    "kl_control": ("fixed", "adaptive", "exponential", "budget"),
     "advantage_estimator": ("gae", "reinforce"),
     "reward_normalization": ("none", "batch", "running"),
     "on_fault": ("stop", "skip"),
@@ -21,8 +21,8 @@ BOUNDS = (
         lambda value: isinstance(value, int) and value >= 1, "must be at least 1, and whole",
     ),
     (
-        ("temperature", "kl_target", "kl_horizon", "kl_coef_max", "reward_clip", "reward_timeout", "max_kl",
-         "vllm_server_timeout"),
+        ("temperature", "kl_target", "kl_horizon", "kl_coef_max", "kl_budget", "reward_clip", "reward_timeout",
+         "max_kl", "vllm_server_timeout"),
         lambda value: 0 < value < math.inf, "must be above 0",
     ),
     (
@@ -96,13 +96,17 @@ class PPOConfig(PolicyConfig):
     kl_coef: float = option(0.05, "β, weight of the per-token KL (k1) in the reward; the start of a controlled β.")
     kl_control: str = option(
         "fixed",
-        "How β moves: 'fixed', 'adaptive' to kl_target, 'exponential' in the KL.",
+        "How β moves: 'fixed', 'adaptive' to kl_target, 'exponential' in the KL; under a 'budget' it rises where the "
+        "KL lies above kl_budget, and the update that led there is taken back.",
         choices=CHOICES["kl_control"],
     )
     kl_target: float = option(6.0, "Adaptive: KL to hold, sum over a completion's tokens, nats.")
     kl_horizon: int = option(10000, "Adaptive: completions over which β may change by a fifth.")
-    kl_rate: float = option(0.1, "Exponential: β = kl_coef·exp(kl_rate·KL), within kl_coef_max.")
-    kl_coef_max: float = option(1.0, "Exponential: most that β becomes.")
+    kl_budget: float | None = option(None, "Budget: most KL of the policy, sum over a completion's tokens, nats.")
+    kl_rate: float = option(
+        0.1, "Exponential: β = kl_coef·exp(kl_rate·KL); budget: β rises by kl_rate per nat; both within kl_coef_max."
+    )
+    kl_coef_max: float = option(1.0, "Exponential and budget: most that β becomes.")
 
     reward_weights: list[float] | None = option(None, "Weight of each reward function; 1 each by default.")
     reward_normalization: str = option(
@@ -183,11 +187,15 @@ class PPOConfig(PolicyConfig):
                 "value function: leave one of them out.",
             ),
             (
-                self.kl_control != "fixed" and not self.kl_coef > 0,
+                self.kl_control in ("adaptive", "exponential") and not self.kl_coef > 0,
                 f"kl_coef={self.kl_coef} would stay 0 under kl_control={self.kl_control!r}: start above 0.",
             ),
             (
-                self.kl_control == "exponential" and self.kl_coef > self.kl_coef_max,
+                (self.kl_control == "budget") != (self.kl_budget is not None),
+                f"kl_control={self.kl_control!r} and kl_budget={self.kl_budget} don't match: set both or neither.",
+            ),
+            (
+                self.kl_control in ("exponential", "budget") and self.kl_coef > self.kl_coef_max,
                 f"kl_coef={self.kl_coef} lies above kl_coef_max={self.kl_coef_max}: raise the one or lower the other.",
             ),
             (

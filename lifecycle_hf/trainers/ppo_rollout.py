@@ -32,7 +32,7 @@ class RolloutMaker:
 
     Attributes:
         means: of the last rollout over all ranks: "kl" (the sum over tokens, mean over completions, nats), "entropy"
-            (mean over tokens, nats) and "length" (tokens per completion).
+            (mean over tokens, nats), "length" (tokens per completion) and "score" (per completion).
         kept: log-probs and entropies of the micro-batch that is trained on first, with their graph, until it is.
         reward_moments: running mean and deviation of the scores, used where `reward_normalization="running"`.
     """
@@ -82,8 +82,9 @@ class RolloutMaker:
             part, device = slice(i * size, (i + 1) * size), batches[i].input_ids.device
             scored[i] = self._score(batches[i], scores[part].to(device), ended[part], metrics, keep=i == first)
         self._finish_advantages(scored, metrics)
-        kl, entropy, tokens, count = self._reduce(*(sum(column) for column in zip(*self._sums, strict=True)))
-        self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count}
+        sums = (sum(column) for column in zip(*self._sums, strict=True))
+        kl, entropy, tokens, count, score = self._reduce(*sums, scores.sum())
+        self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count, "score": score / count}
         return scored
 
     def _batch(self, prompts, completions) -> Completions:

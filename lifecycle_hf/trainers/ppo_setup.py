@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.data.schemas import to_prompts
-from lifecycle_hf.data.tokenize import tokenize_prompts, tokenize_texts
+from lifecycle_hf.data.tokenize import tokenize_prompts
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
     disable_dropout,
@@ -30,6 +30,7 @@ from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights, ro
 from lifecycle_hf.rewards import CallableReward
 from lifecycle_hf.scoring import unwrapped
 from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
+from lifecycle_hf.trainers.capability import prepare_texts
 from lifecycle_hf.trainers.policy import PolicyBuilder
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
@@ -259,13 +260,9 @@ def prepare_pretraining(dataset: Dataset | None, tokenizer, args: PPOConfig) -> 
         if dataset is not None:
             warnings.warn("ptx_dataset is given, but ptx_coef is 0: no pretraining is mixed in.", stacklevel=2)
         return None
-    rows = tokenize_texts(
+    return prepare_texts(
         dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
     )
-    rows = rows.filter(lambda row: any(row["loss_mask"][1:]))
-    if len(rows) == 0:
-        raise ValueError("ptx_dataset has no row with a token to predict after its first: give longer texts.")
-    return rows
 
 
 def check_room(model: nn.Module, args: PPOConfig) -> None:

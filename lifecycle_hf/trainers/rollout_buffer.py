@@ -1,14 +1,10 @@
-"""What PPO iterates over: prompts in rollout order, the rollout in hand, pretraining rows; all of it resumable."""
+"""What PPO iterates over: prompts in rollout order, and the rollout in hand; both resumable."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
-
-from lifecycle_hf.data.collators import length_mask, pad_sequences
-from lifecycle_hf.scoring import Completions
 
 
 def shuffled(n: int, seed: int) -> list[int]:
@@ -113,32 +109,3 @@ class RolloutBuffer:
                 index, name = key.split(".", 1)
                 self.batches[int(index)][name] = value
         self.schedule, self.micro_step = state.get("schedule", []), state.get("micro_step", 0)
-
-
-class PretrainingRows:
-    """Pretraining rows by micro-step, without state: which rows come depends on the seed and the step alone.
-
-    Args:
-        dataset: columns "input_ids" and "loss_mask"; rows without a token to predict are left out.
-        batch_size: rows per process and micro-step.
-    """
-
-    def __init__(self, dataset: Dataset, *, batch_size: int, pad_token_id: int, seed: int, rank: int, world_size: int):
-        self.dataset, self.batch_size, self.pad_token_id = dataset, batch_size, pad_token_id
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def _row(self, position: int) -> dict[str, list[int]]:
-        epoch, index = divmod(position, len(self.dataset))
-        if self._order[0] != epoch:
-            self._order = (epoch, shuffled(len(self.dataset), self.seed + epoch))
-        return self.dataset[self._order[1][index]]
-
-    def batch(self, micro_step: int, device) -> tuple[Completions, torch.Tensor]:
-        """The rows as completions of their first token, and the loss mask [B, T] in completion coordinates."""
-        start = (micro_step * self.world_size + self.rank) * self.batch_size
-        rows = [self._row(start + i) for i in range(self.batch_size)]
-        ids = [row["input_ids"] for row in rows]
-        texts = Completions.from_lists([i[:1] for i in ids], [i[1:] for i in ids], self.pad_token_id, device)
-        mask = pad_sequences([row["loss_mask"][1:] for row in rows], 0).bool().to(device)
-        return texts, mask & length_mask(texts.completion_lengths, mask.shape[1])

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL
+from lifecycle_hf.alignment_tax.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget
 
 
 def test_fixed_stays():
@@ -35,6 +35,20 @@ def test_exponential_by_hand_and_clamped():
     assert control.kl_coef == 0.5
 
 
+def test_budget_by_hand():
+    control, seen = KLBudget(0.1, budget=5.0, rate=0.1, maximum=1.0), []
+    for kl in (4.0, 7.0, 6.0, 3.0, 1e9, float("nan"), 1.0):
+        control.update(kl, 8)
+        seen.append(control.kl_coef)
+    # λ: slack at the floor, + .1·2, + .1·1, − .1·2, capped at 1 − .1, left by what is not finite, − .1·4
+    assert seen == pytest.approx([0.1, 0.3, 0.4, 0.2, 1.0, 1.0, 0.6])
+    assert [control.rejects(kl) for kl in (-0.2, 5.0, 5.001, float("nan"))] == [False, False, True, True]
+    other = KLBudget(0.1, budget=5.0, rate=0.1, maximum=1.0)
+    other.load_state_dict(control.state_dict())
+    other.update(4.0, 8)
+    assert other.kl_coef == pytest.approx(0.5)
+
+
 def test_state_goes_on_where_it_was():
     control, other = (AdaptiveKL(0.1, target=6.0, horizon=10) for _ in range(2))
     control.update(9.0, 4)
@@ -50,6 +64,8 @@ def test_state_goes_on_where_it_was():
         (lambda: AdaptiveKL(0.0, target=6, horizon=10), "kl_coef"),
         (lambda: AdaptiveKL(0.1, target=0, horizon=10), "target"),
         (lambda: ExponentialKL(2.0, rate=1), "maximum"),
+        (lambda: KLBudget(0.1, budget=0.0), "budget"),
+        (lambda: KLBudget(1.0, budget=1.0), "maximum"),
     ],
 )
 def test_senseless_options_are_named(make, name):

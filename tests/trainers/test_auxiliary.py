@@ -1,5 +1,7 @@
 """In every trainer an auxiliary loss adds weight × its gradient to a step, once, however the step is cut up."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +11,7 @@ from preference_setting import trainer as preference_trainer
 from transformers import LlamaForSequenceClassification
 
 from lifecycle_hf import DPOTrainer, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1, "lr_scheduler_type": "constant"}
 TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
@@ -57,3 +60,19 @@ def test_step_moves_by_the_gradient_once(tiny_llama, tmp_path, name, accumulatio
     # the gradient of ¼‖w‖² at w = 1 is ½, so that a step at 0.1 takes 0.05 off beside what it does anyway
     torch.testing.assert_close(plain - mixed, torch.full_like(plain, 0.05), atol=1e-5, rtol=0)
     assert [entry["loss/l2"] for entry in logs if "loss/l2" in entry] == [plain.numel()]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+def test_objective_under_a_ceiling_is_measured_as_the_mean_of_the_step(tiny_llama, tmp_path, name):
+    def measured(accumulation):
+        cut = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        run = MAKE[name](tiny_llama, tmp_path, **SGD, **cut)
+        multiplier = LagrangeMultiplier(0.0, rate=1.0)  # λ becomes the mean loss of the first step
+        run.constrain_objective(multiplier)
+        run.train()
+        return multiplier.value
+
+    whole, cut = measured(1), measured(4)
+    assert cut == pytest.approx(whole, rel=1e-4) and whole > 0
+    if name == "dpo":
+        assert whole == pytest.approx(math.log(2), rel=1e-6)
