@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
@@ -39,7 +39,7 @@ def measure(model, tokenizer):
 def make_trainer(folder, monitor=None, model=None, attach=False, **options):
     options = {"max_steps": 6, "learning_rate": 0.01, "logging_steps": 100, "save_strategy": "no"} | options
     args = TrainingArguments(folder, report_to="none", use_cpu=True, disable_tqdm=True, **options)
-    trainer = Trainer(model or Line(), args, train_dataset=DATA)
+    trainer = Trainer(model or Line(), args, train_dataset=DATA, eval_dataset=DATA)
     if monitor is not None:
         monitor.attach(trainer) if attach else trainer.add_callback(monitor)
     return trainer
@@ -115,3 +115,50 @@ def test_a_measurement_leaves_the_log_line_of_its_step(tmp_path):
     )
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+GOLD = [0.0, 1.0, 3.0, 2.0, 3.0, 9.0]  # before training and after each evaluation
+
+
+def gold_monitor(seen):
+    def gold(model, tokenizer):
+        seen.append(model.w.item())
+        return {"gold": GOLD[len(seen) - 1]}
+
+    return TaxMonitor(gold, every=None, higher_is_better={"gold": True})
+
+
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6,
+    "load_best_model_at_end": True, "metric_for_best_model": "tax/gold", "greater_is_better": True,
+}  # fmt: skip
+
+
+def test_a_gold_metric_stops_the_run_and_gives_its_best_weights_back(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, gold_monitor(seen), **BEST)
+    trainer.add_callback(EarlyStoppingCallback(2))
+    trainer.train()
+    # 3 at step 2 is the best; 2, and 3 again, are no better: two evaluations without improvement end it at step 4
+    assert trainer.state.global_step == 4 and len(seen) == 5
+    assert trainer.state.best_metric == 3.0 and trainer.state.best_global_step == 2
+    assert trainer.model.w.item() == seen[2] != seen[4]
+
+
+def test_an_evaluation_within_a_metric_measures_no_more(tmp_path):
+    calls, runs = [], []
+
+    def gold(model, tokenizer):
+        calls.append(runs[0].evaluate()["eval_loss"])
+        return {"gold": float(len(calls))}
+
+    monitor = TaxMonitor(gold, every=None, higher_is_better={"gold": True})
+    runs.append(make_trainer(tmp_path, monitor, **BEST | {"max_steps": 2}))
+    runs[0].train()
+    assert len(calls) == 3 and runs[0].state.best_metric == 3.0
+
+
+def test_keeping_the_worst_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, gold_monitor([]), **BEST | {"greater_is_better": False})
+    with pytest.raises(ValueError, match="greater_is_better=False would keep the worst model.*higher_is_better=True"):
+        trainer.train()
