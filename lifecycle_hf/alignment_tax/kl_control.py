@@ -104,6 +104,9 @@ class KLBudget(FixedKL):
         self.multiplier.update(kl)
         self.kl_coef = self.floor + self.multiplier.value
 
+    def state_dict(self) -> dict[str, float]:
+        return super().state_dict() | self.multiplier.state_dict()
+
     def load_state_dict(self, state: dict[str, float]) -> None:
         super().load_state_dict(state)
-        self.multiplier.value = self.kl_coef - self.floor
+        self.multiplier.load_state_dict(state)

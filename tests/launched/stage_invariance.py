@@ -1,6 +1,7 @@
 """Two steps of SFT or reward training and an evaluation; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, "sft" or "reward", "full" or "lora", path of the base model.
+Arguments: output folder, per-device batch, "sft" or "reward", "full", "lora" or "constrained" (a capability
+loss under a ceiling), path of the base model.
 """
 
 import json
@@ -10,6 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
+from lifecycle_hf.trainers.capability import CapabilityLoss
 
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 
@@ -31,10 +34,16 @@ def main(output, batch, stage, mode, model):
     )  # fmt: skip
     peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode == "lora" else None
     trainer = trainer_class(model, args, rows(16, stage), rows(7, stage), peft_config=peft)
+    names = ["loss", "grad_norm"]
+    if mode == "constrained":  # of one length, so that the mean of the ranks' means is that over all tokens
+        texts = Dataset.from_dict({"text": [f"{word} is {word}" for word in "abcdefgh"]})
+        loss = CapabilityLoss(texts, trainer.processing_class, batch_size=int(batch))
+        trainer.add_auxiliary_loss("capability", loss, LagrangeMultiplier(1.0, rate=0.1))
+        names += ["loss/capability", "lambda/capability"]
     trainer.train()
     metrics = trainer.finalize() if stage == "reward" else trainer.evaluate()
     trainer.save_model()
-    steps = [{name: entry[name] for name in ("loss", "grad_norm")} for entry in trainer.state.log_history[:2]]
+    steps = [{name: entry[name] for name in names} for entry in trainer.state.log_history[:2]]
     held_out = {k: v for k, v in metrics.items() if k.split("_")[-1] not in ("runtime", "second", "time", "tokens")}
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

@@ -48,3 +48,16 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
         AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     else:
         load_causal_lm(str(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp", pytest.param("cpu_zero2", marks=needs_deepspeed)])
+def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config):
+    one = run("cpu", tmp_path / "one", 8, "sft", "constrained", base)
+    two = run(config, tmp_path / "two", 4, "sft", "constrained", base)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    for first, second in zip(one["steps"], two["steps"], strict=True):
+        assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+    losses = [step["loss/capability"] for step in one["steps"]]
+    by_hand = [0.1 * (losses[0] - 1), 0.1 * (sum(losses) - 2)]
+    assert [step["lambda/capability"] for step in one["steps"]] == pytest.approx(by_hand) and by_hand[0] > 0

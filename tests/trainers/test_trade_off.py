@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from conftest import SENTENCES
+from datasets import Dataset
 from ppo_setting import logged
 from ppo_setting import trainer as ppo_trainer
 from transformers import Trainer, TrainingArguments
 
+from lifecycle_hf import SFTConfig, SFTTrainer
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.trainers.base import LifecycleTrainerMixin
+from lifecycle_hf.trainers.capability import CapabilityLoss
 
 
 class Point(torch.nn.Module):
@@ -83,6 +87,38 @@ def test_ppo_under_a_floor_of_the_score(tiny_llama, tmp_path):
     short = [10.0 - score for score in logged(trainer, "score")]
     assert multiplier.value == pytest.approx(0.5 * sum(short)) and moved and len(short) == 3
     assert trainer.stateful["multiplier_objective"] is multiplier
+
+
+def test_sft_learns_under_a_ceiling_of_what_it_may_forget(tiny_llama, tmp_path):
+    make_model, tokenizer = tiny_llama
+    known = Dataset.from_dict({"text": SENTENCES})
+    prompts, answers = ["The capital of France is", "Two and three make"], [" hello hello", " goodbye fox fox"]
+    new = Dataset.from_dict({"prompt": prompts, "completion": answers})
+
+    def nll(model, texts):
+        with torch.no_grad():
+            return CapabilityLoss(texts, tokenizer, batch_size=len(texts))(model).item()
+
+    def trained(weights, data, ceiling=None):
+        model = make_model()
+        model.load_state_dict(weights)
+        args = SFTConfig(
+            str(tmp_path), max_steps=120, per_device_train_batch_size=6, learning_rate=3e-3, use_cpu=True,
+            save_strategy="no", report_to="none", lr_scheduler_type="constant", gradient_checkpointing=False,
+            disable_tqdm=True, logging_steps=200,
+        )  # fmt: skip
+        run = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+        if ceiling is not None:
+            loss = CapabilityLoss(known, tokenizer, batch_size=len(known))
+            run.add_auxiliary_loss("capability", loss, LagrangeMultiplier(ceiling, rate=0.5))
+        run.train()
+        return model
+
+    base = trained(make_model().state_dict(), known)
+    free, held = trained(base.state_dict(), new), trained(base.state_dict(), new, ceiling=0.3)
+    assert nll(base, known) < 0.3 and nll(free, known) > 2
+    assert nll(held, known) <= 0.3 + 0.02  # dual ascent oscillates about the ceiling
+    assert nll(base, new) > 2 and max(nll(free, new), nll(held, new)) < 0.1
 
 
 def test_limits_that_can_not_be_meant_are_refused(tiny_llama, tmp_path):
