@@ -1,0 +1,114 @@
+"""Checkpoints as safetensors keeps them on disk: where each tensor stands, read and written in pieces."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+"""What belongs to a checkpoint beside its weights: configs, tokenizer, index, code."""
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+PIECE = 2**18
+"""Entries of a tensor that are in memory at once."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor stands: its file, dtype as safetensors names it, shape, and bytes from `start` to `end`."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded where it is a Hub name.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not HUB_ID.fullmatch(str(name)):
+        raise ValueError(f"There is no folder {name}, and it is no name of the Hub.")
+    weights = ("model*.safetensors", "adapter_model.safetensors")
+    return Path(snapshot_download(str(name), allow_patterns=[*weights, *COMPANIONS], ignore_patterns="*/*"))
+
+
+def read_checkpoint(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, whole or adapter, in one file or several, in the order of the files.
+
+    Raises:
+        ValueError: there are no safetensors, a file is damaged or missing, or the weights are quantised.
+    """
+    config = folder / "config.json"
+    if config.exists() and json.loads(config.read_text()).get("quantization_config"):
+        raise ValueError(f"{folder} is quantised, and its codes can't be averaged: dequantise and save it first.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        paths = [folder / name for name in ("adapter_model.safetensors", "model.safetensors")]
+        paths = [path for path in paths if path.exists()][:1]
+    if not paths:
+        raise ValueError(f"{folder} has no safetensors checkpoint: save the model with save_pretrained.")
+    tensors = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt"):  # which checks lengths and offsets
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} can't be read: {error}. Download or save the checkpoint anew.") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), start, end)
+    return tensors
+
+
+def pieces(entry: Stored) -> Iterator[torch.Tensor]:
+    """The bytes of a tensor, [PIECE × bytes of an entry] at a time, each in the place of the one before.
+
+    They are read, not mapped: pages of a mapped file count as the process's memory for as long as it is open.
+
+    Raises:
+        ValueError: the file ended early.
+    """
+    step = PIECE * ((entry.end - entry.start) // max(math.prod(entry.shape), 1))
+    buffer = torch.empty(step, dtype=torch.uint8)
+    with entry.path.open("rb", buffering=0) as file:
+        for at in range(entry.start, entry.end, step or 1):
+            piece = buffer[: min(step, entry.end - at)]
+            if os.preadv(file.fileno(), [piece.numpy()], at) != len(piece):
+                raise ValueError(f"{entry.path} ended early: it was changed while it was read.")
+            yield piece
+
+
+def find_twin(name: str, tensors: dict[str, Stored], names: Iterable[str]) -> str | None:
+    """The matrix among `names` that `name` is a bitwise copy of, as a tied weight is that was written twice."""
+    entry = tensors[name]
+    for other in (n for n in sorted(names) if tensors[n][1:3] == entry[1:3] and len(entry.shape) > 1):
+        if all(map(torch.equal, pieces(entry), pieces(tensors[other]))):
+            return other
+    return None
+
+
+def write_like(path: Path, model: Path, tensors: dict[Stored, Iterable[torch.Tensor]]) -> None:
+    """Writes a file with the header of the file `model`, and the bytes given for each of its tensors."""
+    order = sorted(tensors, key=lambda entry: entry.start)
+    with model.open("rb") as header, path.open("wb") as out:
+        out.write(header.read(order[0].start))
+        for entry in order:
+            out.writelines(piece.numpy() for piece in tensors[entry])
