@@ -129,7 +129,7 @@ class OrthogonalProjection:
 
     Args:
         model: the module whose parameters are protected, without DDP's wrapper; under FSDP2 the sharded module.
-        capability_loss: `f(model) -> scalar`, on its own next batch, with autocast where that is wanted. Its scale does
+        capability_loss: `f(model) -> scalar`, on its own next batch, with autocast where wanted. Its scale does
             not matter: multiply it by 1,000 if gradients underflow in fp16. Where it is in its data is not saved here.
         k: directions.
         batches: batches averaged in each direction; one small batch is mostly noise.
@@ -242,9 +242,9 @@ class OrthogonalProjection:
 
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
-        if self.step % self.every == 0 or not self._directions:
-            self._refresh()
         self.step += 1
+        if (self.step - 1) % self.every == 0 or not self._directions:
+            self._refresh()
         protected = set().union(*self._directions)
         moving = {n: p for n, p in self._parameters.items() if n in protected and p.grad is not None}
         if self.level == "update":
