@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
-from lifecycle_hf.alignment_tax.report import plot_history
+from lifecycle_hf.alignment_tax.pictures import plot_history
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

@@ -1,8 +1,8 @@
-"""Does a model that says 70 % turn out right 70 % of the time? ECE and the reliability diagram."""
-
-from pathlib import Path
+"""Does a model that says 70 % turn out right 70 % of the time? ECE, Brier score, NLL."""
 
 import numpy as np
+
+from lifecycle_hf.alignment_tax.bootstrap import Measurement
 
 
 def reliability_bins(confidence, correct, *, bins: int = 10) -> dict[str, np.ndarray]:
@@ -18,6 +18,16 @@ def reliability_bins(confidence, correct, *, bins: int = 10) -> dict[str, np.nda
     Raises:
         ValueError: no prediction, unequal lengths, or a confidence outside [0, 1].
     """
+    confidence, correct, index = _binned(confidence, correct, bins)
+    count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, correct)]
+    with np.errstate(invalid="ignore"):
+        means = [values / count for values in sums]
+    return {"edges": np.linspace(0.0, 1.0, bins + 1), "count": count, "confidence": means[0], "accuracy": means[1]}
+
+
+def _binned(confidence, correct, bins):
+    """Both as arrays [N], and the bin of each prediction."""
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if confidence.shape != correct.shape or confidence.ndim != 1 or len(confidence) == 0:
         raise ValueError(
@@ -25,46 +35,59 @@ def reliability_bins(confidence, correct, *, bins: int = 10) -> dict[str, np.nda
         )
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError(f"confidence must lie in [0, 1]; got values from {confidence.min()} to {confidence.max()}.")
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(index, minlength=bins)
-    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, correct)]
-    with np.errstate(invalid="ignore"):
-        means = [values / count for values in sums]
-    return {"edges": edges, "count": count, "confidence": means[0], "accuracy": means[1]}
+    index = np.searchsorted(np.linspace(0.0, 1.0, bins + 1), confidence, side="left") - 1
+    return confidence, correct, np.clip(index, 0, bins - 1)
 
 
-def expected_calibration_error(confidence, correct, *, bins: int = 10) -> float:
+def _sum_of_gaps(means):
+    return np.abs(means).sum(-1)
+
+
+def expected_calibration_error(confidence, correct, *, bins: int = 10) -> Measurement:
     """ECE = Σ_b n_b/N · |accuracy_b − confidence_b| over equal-width bins; 0 is perfect, lower is better.
 
-    Arguments and errors as `reliability_bins`.
+    Arguments and errors as `reliability_bins`. The items are the gaps correct_i − confidence_i, each in the column of
+    its bin. The noise of few predictions per bin biases it upwards: a calibrated model's is above 0.
 
     Reference: Naeini et al. 2015; Guo et al., https://arxiv.org/abs/1706.04599, Eq. 3.
     """
-    table = reliability_bins(confidence, correct, bins=bins)
-    full = table["count"] > 0
-    gap = np.abs(table["accuracy"][full] - table["confidence"][full])
-    return float((table["count"][full] * gap).sum() / table["count"].sum())
+    confidence, correct, index = _binned(confidence, correct, bins)
+    gaps = np.zeros((len(index), bins))
+    gaps[np.arange(len(index)), index] = correct - confidence
+    return Measurement(gaps, _sum_of_gaps)
 
 
-def plot_reliability(confidence, correct, path: str | Path, *, bins: int = 10, title: str = "Calibration") -> None:
-    """Draw the reliability diagram to `path`: accuracy against confidence, and the number of predictions per bin."""
-    import matplotlib
+def brier_score(probabilities, labels) -> Measurement:
+    """Mean over N of Σ_c (p_c − [c = label])², in [0, 2]; 0 is perfect, lower is better.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        probabilities: [N, C], of each class.
+        labels: [N], the right classes.
 
-    table = reliability_bins(confidence, correct, bins=bins)
-    full, width = table["count"] > 0, 1.0 / bins
-    middle = (table["edges"][:-1] + table["edges"][1:]) / 2
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(5, 6), height_ratios=(3, 1), layout="constrained")
-    top.bar(middle[full], table["accuracy"][full], width=width * 0.95, label="accuracy")
-    top.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfect")
-    top.plot(table["confidence"][full], table["accuracy"][full], "o", color="tab:red", label="mean confidence")
-    ece = expected_calibration_error(confidence, correct, bins=bins)
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"{title}: ECE {ece:.3f}, n = {table['count'].sum()}")
-    top.legend(loc="upper left")
-    bottom.bar(middle, table["count"], width=width * 0.95, color="tab:gray")
-    bottom.set(xlabel="confidence", ylabel="count")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    Raises:
+        ValueError: shapes that do not fit, or rows that are no probabilities.
+
+    Reference: Brier 1950, Eq. 2.
+    """
+    probabilities, labels = _checked(probabilities, labels)
+    return Measurement(np.square(probabilities - np.eye(probabilities.shape[1])[labels]).sum(1))
+
+
+def negative_log_likelihood(probabilities, labels) -> Measurement:
+    """Mean over N of −log p_label, nats; lower is better. Arguments and errors as `brier_score`.
+
+    Probabilities below 1e-300 count as that, so that the mean stays finite.
+
+    Reference: Guo et al., https://arxiv.org/abs/1706.04599, Eq. 4.
+    """
+    probabilities, labels = _checked(probabilities, labels)
+    return Measurement(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300)))
+
+
+def _checked(probabilities, labels):
+    probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
+        raise ValueError(f"probabilities {probabilities.shape} must be [N, C] and labels {labels.shape} [N], N > 0.")
+    if not (probabilities >= 0).all() or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
+        raise ValueError("every row of probabilities must be at least 0 and sum to 1.")
+    return probabilities, labels

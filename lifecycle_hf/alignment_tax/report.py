@@ -1,39 +1,29 @@
-"""The before/after table of a run and its picture: know what you paid."""
+"""The before/after table of a run: know what you paid, and how sure that is."""
 
 import math
 from dataclasses import dataclass, field
 from io import StringIO
 
-PANELS = {
-    "Reward": {
-        "score": "proxy reward (rollouts)",
-        "tax/proxy_reward": "proxy reward (held out)",
-        "tax/gold_reward": "gold reward (held out)",
-    },
-    "Implicit reward": {
-        "rewards/chosen": "chosen",
-        "rewards/rejected": "rejected",
-        "tax/reward_margin": "margin (held out)",
-    },
-    "Accuracy of the implicit reward": {"rewards/accuracies": "training", "tax/reward_accuracy": "held out"},
-    "KL to the reference (nats per sequence)": {"kl": "rollouts", "tax/kl": "held out"},
-    "Capability perplexity": {"tax/perplexity": "held out"},
-}
-COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")
-INK, FAINT = "#1f2937", "#e5e7eb"
+from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval
+
+NO_DIFFERENCE = "not distinguishable from zero"
 
 
 @dataclass
 class TaxReport:
     """Metrics before and after training, and the tax on each.
 
-    tax = s·(before − after), s = +1 where higher is better and −1 where lower is: a positive tax is a loss.
+    tax = s·(before − after), s = +1 where higher is better and −1 where lower is: a positive tax is a loss. Where both
+    values are a `Measurement` of two items or more, the tax has a bootstrap interval, paired where the counts of items
+    agree, and a verdict: a loss or a gain, or "not distinguishable from zero" when the interval holds 0. The level is
+    that of each row by itself, not of the table as a whole.
 
     Args:
-        before, after: {metric: value}, the same metrics in both.
+        before, after: {metric: value}, the same metrics in both; a value is a number or a `Measurement`.
         higher_is_better: {metric: bool}, one entry per metric.
         labels: {metric: name to show}, the metric's own name by default.
         units: {metric: unit to show}.
+        level: of the intervals.
 
     Raises:
         ValueError: the three do not name the same metrics.
@@ -44,6 +34,7 @@ class TaxReport:
     higher_is_better: dict[str, bool]
     labels: dict[str, str] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
+    level: float = 0.95
 
     def __post_init__(self):
         for where, names in (("after", self.after), ("higher_is_better", self.higher_is_better)):
@@ -53,7 +44,8 @@ class TaxReport:
 
     def rows(self) -> list[dict]:
         """One dict per metric: metric, label, before, after, higher_is_better, tax, percent (100·tax / before; None
-        where before is not positive, as a share of it says nothing)."""
+        where before is not positive, as a share of it says nothing), and where it has one, interval (low, high) of the
+        tax with its verdict."""
         rows = []
         for name, before in self.before.items():
             after, higher = self.after[name], self.higher_is_better[name]
@@ -63,22 +55,35 @@ class TaxReport:
                 {
                     "metric": name,
                     "label": self.labels.get(name, name.replace("_", " ")) + unit,
-                    "before": before,
-                    "after": after,
+                    "before": float(before),
+                    "after": float(after),
                     "higher_is_better": higher,
                     "tax": tax,
                     "percent": 100 * tax / before if before > 0 else None,
                 }
+                | self._uncertainty(*((before, after) if higher else (after, before)))
             )
         return rows
 
+    def _uncertainty(self, first, second):
+        if not all(isinstance(value, Measurement) and len(value.columns) > 1 for value in (first, second)):
+            return {}
+        low, high = bootstrap_interval(first, second, level=self.level)
+        verdict = "loss" if low > 0 else "gain" if high < 0 else NO_DIFFERENCE
+        return {"interval": [low, high], "verdict": verdict}
+
+    def _headings(self):
+        interval = [f"{100 * self.level:g} % interval of the tax", "verdict"]
+        return ["before", "after", "tax", "tax / before"] + interval * any("verdict" in row for row in self.rows())
+
     def to_json(self) -> dict:
-        """{metric: {before, after, higher_is_better, tax, percent}}, ready for `json.dump`."""
+        """{metric: {before, after, higher_is_better, tax, percent[, interval, verdict]}}, ready for `json.dump`."""
         return {row["metric"]: {key: row[key] for key in row if key not in ("metric", "label")} for row in self.rows()}
 
     def to_markdown(self) -> str:
-        lines = ["| metric | before | after | tax | tax / before |", "|---|---:|---:|---:|---:|"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows()]
+        headings = self._headings()
+        lines = [f"| metric | {' | '.join(headings)} |", "|---" + "|---:" * len(headings) + "|"]
+        lines += [f"| {' | '.join(_cells(row)[: len(headings) + 1])} |" for row in self.rows()]
         return "\n".join(lines)
 
     def to_terminal(self, title="Alignment tax", width=None) -> str:
@@ -91,21 +96,26 @@ class TaxReport:
 
         table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", caption="tax: positive is a loss")
         table.add_column("metric")
-        for heading in ("before", "after", "tax", "tax / before"):
-            table.add_column(heading, justify="right")
+        headings = self._headings()
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "verdict" else "right")
         for row in self.rows():
-            style = "" if not _finite(row["tax"]) or row["tax"] == 0 else "red" if row["tax"] > 0 else "green"
-            name, before, after, tax, percent = _cells(row)
-            table.add_row(name, before, after, f"[{style}]{tax}[/]" if style else tax, percent)
+            unknown = not _finite(row["tax"]) or row["tax"] == 0 or row.get("verdict") == NO_DIFFERENCE
+            style = "" if unknown else "red" if row["tax"] > 0 else "green"
+            cells = _cells(row)[: len(headings) + 1]
+            cells[3] = f"[{style}]{cells[3]}[/]" if style else cells[3]
+            table.add_row(*cells)
         text = StringIO()
-        Console(file=text, force_terminal=sys.stdout.isatty(), width=width or 100).print(table)
+        Console(file=text, force_terminal=sys.stdout.isatty(), width=width or 110).print(table)
         return text.getvalue().rstrip()
 
 
 def _cells(row):
     arrow = "↑" if row["higher_is_better"] else "↓"
     percent = "" if row["percent"] is None or not _finite(row["percent"]) else f"{row['percent']:+.1f} %"
-    return f"{row['label']} {arrow}", _number(row["before"]), _number(row["after"]), _number(row["tax"], "+"), percent
+    numbers = [_number(row["before"]), _number(row["after"]), _number(row["tax"], "+")]
+    interval = " to ".join(_number(end, "+") for end in row.get("interval", ()))
+    return [f"{row['label']} {arrow}", *numbers, percent, interval, row.get("verdict", "")]
 
 
 def _number(value, sign=""):
@@ -117,59 +127,3 @@ def _number(value, sign=""):
 
 def _finite(value):
     return value is not None and math.isfinite(value)
-
-
-def plot_history(history, path, panels=None, title=None):
-    """Draw metrics against the optimizer step, one panel side by side for each group, and save a PNG.
-
-    Args:
-        history: rows with `step` and any metrics, such as `trainer.state.log_history`.
-        path: the PNG to write.
-        panels: {panel title: {metric: label}}; metrics that no row has are left out, and panels left empty.
-        title: a line above all panels.
-
-    Raises:
-        ValueError: no row has any of the metrics.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    curves = {
-        name: {label: points for metric, label in metrics.items() if (points := _points(history, metric))}
-        for name, metrics in (PANELS if panels is None else panels).items()
-    }
-    curves = {name: lines for name, lines in curves.items() if lines}
-    if not curves:
-        keys = sorted({key for row in history for key in row})
-        raise ValueError(f"plot_history: no row has a metric of the panels; the rows have {keys}.")
-    figure = Figure(figsize=(4.4 * len(curves), 3.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        _draw_panel(axes, name, lines)
-    if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
-    figure.savefig(path, facecolor="white")
-
-
-def _points(history, metric):
-    rows = [(row["step"], row[metric]) for row in history if metric in row and "step" in row and _finite(row[metric])]
-    return sorted(dict(rows).items())
-
-
-def _draw_panel(axes, name, lines):
-    for colour, (label, points) in zip(COLOURS, lines.items()):
-        steps, values = zip(*points)
-        sparse = len(points) <= 12
-        axes.plot(
-            steps, values, color=colour, linewidth=1.8, marker="o" if sparse else None, markersize=4, label=label
-        )
-    axes.set_title(name, fontsize=10, loc="left", color=INK)
-    axes.set_xlabel("optimizer step", fontsize=9, color=INK)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK, length=0)
-    axes.margins(x=0.02, y=0.12)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#9ca3af")
-    axes.legend(fontsize=8, frameon=False, loc="best")

@@ -1,9 +1,11 @@
 """What a model is worth in the toy world: the gold judge on held-out requests, perplexity on held-out documents."""
 
+import math
 import random
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lifecycle_hf.alignment_tax.bootstrap import Measurement
 from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.rollouts import generate, stop_token_ids
 from lifecycle_hf.toyworld.data import dataset, draw_request
@@ -20,6 +22,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: in
     - "benign_accuracy": share of the benign requests that are answered rightly.
     - "perplexity": of the held-out documents.
 
+    Each is a `Measurement`; one that no request was drawn for is NaN.
     Requests and sampling depend on `seed` only; torch's random state is left as it was.
     """
     rng = random.Random(f"measure {seed}")
@@ -48,4 +51,4 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: in
 
 
 def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return Measurement(values) if values else math.nan

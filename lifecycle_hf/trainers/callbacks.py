@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
+from lifecycle_hf.alignment_tax.bootstrap import Measurement
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.models.loading import unsharded
 
@@ -16,7 +17,8 @@ class TaxMonitor(TrainerCallback):
     """Measure a model before training, every few optimizer steps, and after.
 
     Args:
-        metrics: `f(model, tokenizer) -> {name: value}`; called on every process, with the model in eval mode.
+        metrics: `f(model, tokenizer) -> {name: value}`; called on every process, with the model in eval mode. Values
+            that are a `Measurement` give the table intervals, unless the run was resumed since: logs keep numbers.
         every: optimizer steps between measurements; None measures before and after only.
         higher_is_better: {name: whether more is better}, one entry per metric.
 
@@ -99,13 +101,14 @@ class TaxMonitor(TrainerCallback):
         policy = getattr(whole, "policy", whole)
         with _undisturbed(policy), nullcontext() if policy is whole else unsharded(whole):
             self._measuring = True
-            values = {name: float(value) for name, value in self.metrics(policy, tokenizer).items()}
+            measured = self.metrics(policy, tokenizer).items()
+            values = {name: value if isinstance(value, Measurement) else float(value) for name, value in measured}
             self._measuring = False
             unknown = values.keys() ^ self.higher_is_better.keys()
             if unknown:
                 raise ValueError(f"TaxMonitor: only one of metrics and higher_is_better names {sorted(unknown)}.")
             self.history.append({"step": state.global_step} | values)
-            entry = {PREFIX + name: value for name, value in values.items()}
+            entry = {PREFIX + name: float(value) for name, value in values.items()}
             if self._log is None:
                 state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
             else:

@@ -12,7 +12,8 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import clone_chat_template
 
-from lifecycle_hf.alignment_tax.calibration import expected_calibration_error, plot_reliability, reliability_bins
+from lifecycle_hf.alignment_tax.calibration import expected_calibration_error, reliability_bins
+from lifecycle_hf.alignment_tax.pictures import plot_reliability
 from lifecycle_hf.data.schemas import to_preference
 from lifecycle_hf.data.tokenize import tokenize_preference
 from lifecycle_hf.models.heads import RewardModel

@@ -1,8 +1,15 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from lifecycle_hf.alignment_tax.calibration import expected_calibration_error, plot_reliability, reliability_bins
+from lifecycle_hf.alignment_tax.calibration import (
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability_bins,
+)
 
 
 def test_ece_by_hand():
@@ -48,6 +55,36 @@ def test_bad_input(confidence, correct, words):
         reliability_bins(confidence, correct)
 
 
-def test_plot(tmp_path):
-    plot_reliability([0.6, 0.9], [True, False], tmp_path / "calibration.png")
-    assert (tmp_path / "calibration.png").read_bytes()[1:4] == b"PNG"
+PROBABILITIES, LABELS = [[0.5, 0.25, 0.25], [0.1, 0.9, 0.0]], [0, 0]
+
+
+def test_brier_and_nll_by_hand():
+    """Brier: (1/4 + 1/16 + 1/16 + .81 + .81) / 2. NLL: (log 2 + log 10) / 2."""
+    assert brier_score(PROBABILITIES, LABELS) == pytest.approx((0.375 + 1.62) / 2)
+    assert negative_log_likelihood(PROBABILITIES, LABELS) == pytest.approx(math.log(20) / 2)
+    assert brier_score([[0.0, 1.0]], [1]) == 0 and negative_log_likelihood([[0.0, 1.0]], [0]) < 700
+
+
+@pytest.mark.parametrize(("probabilities", "labels"), [([0.5], [0]), ([[0.5, 0.6]], [0]), ([[0.5, 0.5]], [0, 1])])
+def test_what_is_no_distribution(probabilities, labels):
+    for score in (brier_score, negative_log_likelihood):
+        with pytest.raises(ValueError, match="probabilities"):
+            score(probabilities, labels)
+
+
+@pytest.mark.parametrize("bins", [10, 15])
+def test_against_torchmetrics(bins):
+    """Top-label ECE, and the Brier score as C times the mean squared error against one-hot labels."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet([0.5] * 4, size=500), rng.integers(4, size=500)
+    p, y = torch.tensor(probabilities), torch.tensor(labels)
+    theirs = torchmetrics.classification.MulticlassCalibrationError(4, n_bins=bins).set_dtype(torch.float64)(p, y)
+    ours = expected_calibration_error(probabilities.max(1), probabilities.argmax(1) == labels, bins=bins)
+    assert ours == pytest.approx(theirs.item(), abs=1e-6)
+    one_hot = torch.nn.functional.one_hot(y, 4).double()
+    squared = torchmetrics.MeanSquaredError().set_dtype(torch.float64)(p.contiguous(), one_hot)
+    assert brier_score(probabilities, labels) == pytest.approx(4 * squared.item(), abs=1e-6)
+    assert negative_log_likelihood(probabilities, labels) == pytest.approx(
+        torch.nn.functional.nll_loss(p.log(), y).item(), abs=1e-9
+    )

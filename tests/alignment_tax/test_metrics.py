@@ -1,37 +1,14 @@
-"""Perplexity against hand-computed means."""
+"""Metrics against numbers by hand and against lm-evaluation-harness."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from bigram_setting import TABLE, Bigram, Letters
 
-from lifecycle_hf.alignment_tax.metrics import perplexity
+from lifecycle_hf.alignment_tax.metrics import exact_match, kl_to_reference, multiple_choice, perplexity
 
-
-class Bigram(torch.nn.Module):
-    """p(next | current) from a table, so that every token's NLL is known."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.logits = torch.nn.Parameter(table.log())
-        self.batches = []
-
-    def forward(self, input_ids, attention_mask, use_cache):
-        self.batches.append((attention_mask.sum(1).tolist(), self.training))
-        return type("Output", (), {"logits": self.logits[input_ids]})
-
-
-class Letters:
-    """a, b and the end token as 0, 1, 2."""
-
-    eos_token_id = 2
-
-    def __call__(self, text):
-        return {"input_ids": ["ab$".index(letter) for letter in text]}
-
-
-# From a: a 1/2, b 1/4, end 1/4. From b: a 1/8, b 3/4, end 1/8.
-TABLE = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [1 / 3, 1 / 3, 1 / 3]])
 TEXTS = ["a", "aab", "bbbba"]
 # a$: 1/4.  aab$: 1/2 1/4 1/8.  bbbba$: 3/4 three times, 1/8, 1/4.
 PROBABILITIES = [0.25, 0.5, 0.25, 0.125, 0.75, 0.75, 0.75, 0.125, 0.25]
@@ -86,3 +63,86 @@ def test_padding_does_not_matter_to_a_real_model(tiny_llama):
 def test_nothing_to_predict(texts):
     with pytest.raises(ValueError, match=f"perplexity got {len(texts)} texts, none of two tokens or more"):
         perplexity(Bigram(TABLE), Letters(), texts)
+
+
+def test_the_items_are_those_of_the_texts_in_their_order():
+    measured = perplexity(Bigram(TABLE), Letters(), TEXTS, batch_size=2)
+    assert measured.columns[:, 1].tolist() == [1, 3, 5]
+    assert measured.columns[:2, 0].tolist() == pytest.approx([math.log(4), math.log(64)], rel=1e-6)
+
+
+def test_multiple_choice_by_hand():
+    """After a: "b" 1/4, "bb" 3/16, "aab" 1/16; per character log 1/4 = −1.39, −0.84, −0.92: "bb" wins instead of "b".
+
+    After b: "a" 1/8, "b" 3/4. The probabilities are shares of the sums.
+    """
+    answered = multiple_choice(
+        Bigram(TABLE), Plain(), ["a", "b"], [["b", "bb", "aab"], ["a", "b"]], [1, 1], batch_size=2
+    )
+    assert answered.acc.columns[:, 0].tolist() == [0, 1] and answered.acc_norm.columns[:, 0].tolist() == [1, 1]
+    expected = [[4 / 8, 3 / 8, 1 / 8], [1 / 7, 6 / 7, 0]]
+    assert np.allclose(answered.probabilities, expected, atol=1e-6) and answered.labels.tolist() == [1, 1]
+
+
+class Plain(Letters):
+    """Spaces are no tokens."""
+
+    def __call__(self, text):
+        return super().__call__(text.replace(" ", ""))
+
+
+@pytest.mark.parametrize(
+    ("questions", "choices", "labels", "options", "words"),
+    [
+        ([], [], [], {}, "0 questions"),
+        (["a"], [["b"]], [1], {}, "question 0 has the label 1"),
+        (["a"], [["b", ""]], [0], {}, "question 0"),
+        ([""], [["b"]], [0], {}, "1 tokens are left"),
+        (["a"], [["bb"]], [0], {"max_length": 2}, "both need one"),
+    ],
+)
+def test_questions_that_cannot_be_asked(questions, choices, labels, options, words):
+    with pytest.raises(ValueError, match=words):
+        multiple_choice(Bigram(TABLE), Plain(), questions, choices, labels, **options)
+
+
+def test_exact_match():
+    assert exact_match([" 4 ", "5"], ["4", "4"]).columns[:, 0].tolist() == [1, 0]
+    answers, references = ["so 3, no: 1,200", "none", ""], ["… #### 1,200", "none", ""]
+    assert exact_match(answers, references, pattern=r"(-?\d[\d,]*)").columns[:, 0].tolist() == [1, 0, 0]
+
+
+def test_kl_by_hand():
+    """From a: p = (1/2, 1/4, 1/4) against q = (1/4, 1/4, 1/2): 1/2·log 2 − 1/4·log 2 = 1/4·log 2. From b: p = q."""
+    other = TABLE.clone()
+    other[0] = torch.tensor([0.25, 0.25, 0.5])
+    sequences = [[0], [1]], [[0, 1, 0], [1, 0]]  # states visited: a a b, b b
+    measured = kl_to_reference(Bigram(TABLE), Bigram(other), *sequences)
+    assert measured["kl"].columns[:, 0].tolist() == pytest.approx([2 * math.log(2) / 4, 0], abs=1e-6)
+    assert measured["kl_per_token"] == pytest.approx(math.log(2) / 10, abs=1e-6)
+    # Sampled tokens: from a, a (log 2) and b (0).
+    assert kl_to_reference(Bigram(TABLE), Bigram(other), *sequences, estimator="k1")["kl"] == pytest.approx(
+        math.log(2) / 2, abs=1e-6
+    )
+    assert kl_to_reference(Bigram(TABLE), Bigram(other), *sequences, estimator="k3")["kl"] == pytest.approx(
+        (1 / 2 - 1 + math.log(2)) / 2, abs=1e-6
+    )
+
+
+def test_sampled_estimators_agree_with_the_exact_kl():
+    other = torch.tensor([[0.3, 0.4, 0.3], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8]])
+    draw, rows = np.random.default_rng(0), []
+    for _ in range(2000):
+        row = [0]
+        for _ in range(4):
+            row.append(int(draw.choice(3, p=TABLE[row[-1]].double() / TABLE[row[-1]].double().sum())))
+        rows.append(row)
+    sequences = [row[:1] for row in rows], [row[1:] for row in rows]
+    kl = {
+        estimator: kl_to_reference(Bigram(TABLE), Bigram(other), *sequences, estimator=estimator, batch_size=500)["kl"]
+        for estimator in ("exact", "k1", "k3")
+    }
+    for estimator in ("k1", "k3"):
+        error = (kl[estimator].columns[:, 0] - kl["exact"].columns[:, 0]).std() / 2000**0.5
+        assert abs(kl[estimator] - kl["exact"]) < 4 * error
+    assert kl["exact"].columns[:, 0].std() < kl["k1"].columns[:, 0].std()

@@ -1,10 +1,11 @@
 import json
 import math
-import struct
 
+import numpy as np
 import pytest
 
-from lifecycle_hf.alignment_tax.report import TaxReport, plot_history
+from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval, exp_ratio
+from lifecycle_hf.alignment_tax.report import NO_DIFFERENCE, TaxReport
 
 BEFORE = {"gold_reward": 0.4, "perplexity": 10.0, "kl": 0.0, "score": -1.0}
 AFTER = {"gold_reward": 0.7, "perplexity": 12.5, "kl": 3.0, "score": math.nan}
@@ -49,21 +50,39 @@ def test_reports_of_different_metrics_are_refused():
         TaxReport({"a": 1.0}, {"a": 1.0}, {})
 
 
-def width_of(png):
-    return struct.unpack(">I", png.read_bytes()[16:20])[0]
-
-
-def test_history_is_drawn_with_a_panel_per_group_that_has_data(tmp_path):
-    history = [{"step": s, "score": s / 10, "kl": s / 5, "loss": 1.0} for s in range(1, 9)]
-    plot_history(history, tmp_path / "two.png")
-    plot_history(
-        [*history, {"step": 0, "tax/perplexity": 9.0}, {"step": 8, "tax/perplexity": 9.5}], tmp_path / "three.png"
+def test_items_give_an_interval_and_a_verdict():
+    """Every text loses 0.1 nats per token: paired, perplexity rises by just e^2.1 − e^2 however much texts differ."""
+    tokens = np.arange(5, 45)
+    noise = np.random.default_rng(0).normal(size=40)
+    before = {
+        "gold": Measurement(noise),
+        "perplexity": Measurement(np.stack([2 * tokens, tokens], 1), exp_ratio),
+        "same": Measurement(noise),
+        "kl": 0.0,
+    }
+    after = {
+        "gold": Measurement(noise + 1),
+        "perplexity": Measurement(np.stack([2.1 * tokens, tokens], 1), exp_ratio),
+        "same": Measurement(noise[::-1]),
+        "kl": Measurement(noise),
+    }
+    report = TaxReport(before, after, {"gold": True, "perplexity": False, "same": True, "kl": False})
+    rows = report.to_json()
+    assert rows["gold"]["verdict"] == "gain" and rows["gold"]["interval"] == pytest.approx([-1, -1])
+    assert rows["perplexity"]["interval"] == pytest.approx([math.exp(2.1) - math.exp(2)] * 2)
+    assert rows["perplexity"]["verdict"] == "loss" and "interval" not in rows["kl"]
+    assert rows["same"]["verdict"] == NO_DIFFERENCE and rows["same"]["interval"] == list(
+        bootstrap_interval(before["same"], after["same"])
     )
-    assert width_of(tmp_path / "three.png") == pytest.approx(1.5 * width_of(tmp_path / "two.png"), abs=2)
-    plot_history(history, tmp_path / "own.png", panels={"Loss": {"loss": "mean"}}, title="A run")
-    assert width_of(tmp_path / "own.png") == pytest.approx(width_of(tmp_path / "two.png") / 2, abs=2)
+    lines = report.to_markdown().splitlines()
+    assert lines[0].endswith("| tax / before | 95 % interval of the tax | verdict |") and lines[1].count("|") == 8
+    assert lines[3] == "| perplexity ↓ | 7.389 | 8.166 | +0.777 | +10.5 % | +0.777 to +0.777 | loss |"
+    assert lines[4].endswith("| not distinguishable from zero |") and lines[5].endswith("|  |  |  |")
+    assert "+0.777 to +0.777" in report.to_terminal() and json.dumps(rows)
 
 
-def test_history_without_the_metrics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the rows have \['loss', 'step'\]"):
-        plot_history([{"step": 1, "loss": 2.0}], tmp_path / "none.png")
+def test_an_interval_needs_items_on_both_sides():
+    one = Measurement([1.0])
+    report = TaxReport({"a": one, "b": 1.0}, {"a": one, "b": Measurement([1.0, 2.0])}, {"a": True, "b": True})
+    assert not any("interval" in row for row in report.rows())
+    assert report.to_markdown().splitlines()[0] == "| metric | before | after | tax | tax / before |"

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
+from lifecycle_hf.alignment_tax.bootstrap import Measurement
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 
@@ -162,3 +163,16 @@ def test_keeping_the_worst_model_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, gold_monitor([]), **BEST | {"greater_is_better": False})
     with pytest.raises(ValueError, match="greater_is_better=False would keep the worst model.*higher_is_better=True"):
         trainer.train()
+
+
+def test_items_reach_the_table_and_numbers_the_log(tmp_path):
+    def sampled(model, tokenizer):
+        return {"w": Measurement([model.w.item() + i / 100 for i in range(20)])}
+
+    monitor = TaxMonitor(sampled, every=None, higher_is_better={"w": True})
+    trainer = make_trainer(tmp_path, monitor, save_strategy="steps", save_steps=6)
+    trainer.train()
+    gain = trainer.model.w.item()
+    row = monitor.report().rows()[0]
+    assert row["interval"] == pytest.approx([-gain, -gain], abs=1e-6) and row["verdict"] == "gain"
+    assert [type(entry["tax/w"]) for entry in trainer.state.log_history if "tax/w" in entry] == [float, float]

@@ -1,0 +1,96 @@
+"""Metrics that remember the items they came from, and bootstrap intervals for them and for their differences."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+RESAMPLES = 2000
+_CELLS = 1 << 22
+
+
+def first_column(means: np.ndarray) -> np.ndarray:
+    """The statistic of a plain mean: [..., K] -> [...]."""
+    return means[..., 0]
+
+
+class Measurement(float):
+    """A number, and the items that it was computed from: value = statistic(x̄), x̄ the mean over N items of K columns.
+
+    Means, ratios of sums and ECE are all of that form, so that resamples need no more than weighted means. To
+    everything that knows nothing of items it is a float.
+
+    Args:
+        items: [N] or [N, K], finite; the same items in the same order where two measurements are to be compared.
+        statistic: [..., K] -> [...], vectorised; by default the mean of the first column.
+
+    Raises:
+        ValueError: no item, more than two axes, or a value that is not finite.
+    """
+
+    def __new__(cls, items, statistic: Callable[[np.ndarray], np.ndarray] = first_column):
+        columns = np.asarray(items, dtype=np.float64)
+        columns = columns[:, None] if columns.ndim == 1 else columns
+        if columns.ndim != 2 or not columns.size or not np.isfinite(columns).all():
+            raise ValueError(f"A Measurement needs finite items, [N] or [N, K]; got the shape {columns.shape}.")
+        self = super().__new__(cls, statistic(columns.mean(0)))
+        self.columns, self.statistic = columns, statistic
+        return self
+
+    def __getnewargs__(self):
+        return self.columns, self.statistic
+
+
+def ratio(means: np.ndarray) -> np.ndarray:
+    """The statistic of Σa / Σb over columns (a, b)."""
+    return means[..., 0] / means[..., 1]
+
+
+def exp_ratio(means: np.ndarray) -> np.ndarray:
+    """The statistic of exp(Σa / Σb), perplexity's, over columns (NLL, tokens)."""
+    return np.exp(ratio(means))
+
+
+def bootstrap_interval(
+    first: Measurement,
+    second: Measurement | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `first`, or of the difference `first` − `second`: (low, high).
+
+    Of two measurements with as many items each, the items are taken for the same ones and resampled together
+    (paired); of two with different counts, each by itself. In simulations BCa covered no better.
+
+    Args:
+        level: nominal coverage, between 0 and 1.
+        resamples: bootstrap samples.
+
+    Raises:
+        ValueError: a level outside (0, 1), or a measurement of one item, which shows no spread.
+
+    Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    parts = [first] if second is None else [first, second]
+    if not 0 < level < 1 or min(len(part.columns) for part in parts) < 2:
+        raise ValueError(f"bootstrap_interval needs 0 < {level=} < 1, and two items or more in a measurement.")
+    rng = np.random.default_rng(seed)
+    if second is not None and len(first.columns) == len(second.columns):
+        means = _resampled_means(np.hstack([first.columns, second.columns]), resamples, rng)
+        means = np.split(means, [first.columns.shape[1]], axis=1)
+    else:
+        means = [_resampled_means(part.columns, resamples, rng) for part in parts]
+    draws = np.stack([part.statistic(drawn) for part, drawn in zip(parts, means)])
+    low, high = np.quantile(draws[0] if second is None else draws[0] - draws[1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _resampled_means(columns: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means over N items drawn with replacement, [resamples, K], some millions of draws at a time."""
+    n = len(columns)
+    parts = []
+    for rows in np.diff([*range(0, resamples, max(1, _CELLS // n)), resamples]):
+        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        parts.append(np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n) @ columns / n)
+    return np.concatenate(parts)

@@ -1,0 +1,43 @@
+"""Runs that nobody beats on both counts: the Pareto front, and how much it covers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the non-dominated points (alignment, capability), both higher is better, by alignment ascending.
+
+    A point is dominated by one that is at least as good in both and better in one; equal points stand together.
+
+    Raises:
+        ValueError: not [N, 2], or not finite.
+    """
+    points = _checked(points)
+    at_least, better = ((points[:, None] >= points).all(-1), (points[:, None] > points).any(-1))
+    front = np.flatnonzero(~(at_least & better).any(0))
+    return front[np.lexsort((front, points[front, 0]))].tolist()
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area between the reference point and the front of the points (alignment, capability) that are better in both.
+
+    Raises:
+        ValueError: as `pareto_front`.
+
+    Reference: Zitzler and Thiele 1998, "Multiobjective optimization using evolutionary algorithms".
+    """
+    points = _checked(points)
+    front = points[pareto_front(points)] if len(points) else points
+    area, reached = 0.0, reference[0]
+    for alignment, capability in front:
+        area += max(alignment - reached, 0.0) * max(capability - reference[1], 0.0)
+        reached = max(reached, alignment)
+    return float(area)
+
+
+def _checked(points):
+    points = np.asarray(points, dtype=float).reshape(-1, 2) if len(points) == 0 else np.asarray(points, dtype=float)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        raise ValueError(f"points must be finite pairs (alignment, capability); got the shape {points.shape}.")
+    return points
