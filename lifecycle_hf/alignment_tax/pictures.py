@@ -187,13 +187,7 @@ def _place_labels(axes, points, labels):
         arrow = None
         if abs(shift) > 7:
             arrow = {"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.6, "relpos": (side < 0, 0.5)}
-        aligned = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 8, "color": INK}
-        text = axes.annotate(
-            labels[i],
-            points[i],
-            ((16 if arrow else 7) * side, shift),
-            textcoords="offset points",
-            arrowprops=arrow,
-            **aligned,
-        )
+        offset = (16 if arrow else 7) * side, shift
+        look = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 8, "color": INK}
+        text = axes.annotate(labels[i], points[i], offset, textcoords="offset points", arrowprops=arrow, **look)
         text.set_in_layout(False)

@@ -9,11 +9,9 @@ from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval
 
 
 def test_a_measurement_is_a_float_that_remembers():
-    """exp((2 + 4) / (1 + 2)) = e², where the mean of the texts' own perplexities would also be e²; 5 makes e^(9/5)."""
-    one = Measurement([[2, 1], [4, 2]], exp_ratio)
-    assert one == pytest.approx(np.e**2) and Measurement([[2, 1], [4, 2], [3, 2]], exp_ratio) == pytest.approx(
-        np.e**1.8
-    )
+    """exp((2 + 4 + 3) / (1 + 2 + 2)), not the mean of e², e² and e^1.5."""
+    one = Measurement([[2, 1], [4, 2], [3, 2]], exp_ratio)
+    assert one == pytest.approx(np.e**1.8)
     assert json.loads(json.dumps({"x": one})) == {"x": float(one)} and type(float(one)) is float
     for copied in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert copied == one and (copied.columns == one.columns).all() and copied.statistic is exp_ratio

@@ -31,7 +31,7 @@ def test_entropy_by_hand():
 
 
 def test_self_bleu_by_hand():
-    """Unigrams 2/3 (the second "the" is clipped), bigrams 0/2 -> 1/(2·2), trigrams 0/1 -> 1/(4·1); no brevity penalty."""
+    """Unigrams 2/3 (the second "the" is clipped), bigrams 0/2 -> 1/(2·2), trigrams 0/1 -> 1/(4·1), equal lengths."""
     got = self_bleu(["the cat the", "the dog cat"])
     assert got.columns[0, 0] == pytest.approx((2 / 3 * 1 / 4 * 1 / 4) ** (1 / 3))
     assert self_bleu(["one text"] * 3) == 1 and self_bleu(["a b", "c d", ""]) == 0

@@ -13,7 +13,7 @@ def test_front_by_hand():
 
 
 def test_hypervolume_by_hand():
-    """Against (0, 0): 1·3 up to alignment 1, 1·2 up to 2, 1·1 up to 3. Against (1, 1): the square that (2, 2) covers."""
+    """Against (0, 0): 1·3 up to alignment 1, 1·2 up to 2, 1·1 up to 3. Against (1, 1): the square of (2, 2)."""
     assert hypervolume(POINTS, (0, 0)) == 6 and hypervolume(POINTS, (1, 1)) == 1
     assert hypervolume(POINTS, (3, 0)) == 0 and hypervolume([], (0, 0)) == 0
     assert hypervolume([(0.5, -2.0), (0.75, -4.0)], (0.25, -5.0)) == pytest.approx(0.25 * 3 + 0.25 * 1)
