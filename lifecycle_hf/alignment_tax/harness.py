@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,9 +47,7 @@ def lm_eval_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(
-            f'lm_eval tasks need the extra `eval`: pip install "lifecycle_hf[eval]" ({error}).'
-        ) from error
+        raise ValueError(f"lm_eval needs the extra `eval`: pip install 'lifecycle_hf[eval]' ({error}).") from error
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
@@ -61,7 +60,7 @@ def lm_eval_tasks(
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise ValueError(f"lm_eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them.")
-    device = None if isinstance(model, str) else str(next(model.parameters()).device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # that of a model given by name
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", device=device, batch_size=batch_size)
     found = simple_evaluate(
         wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True, **options
