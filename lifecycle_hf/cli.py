@@ -55,7 +55,17 @@ class RecipeArguments(ScriptArguments):
 
 
 @dataclass
-class MeasuredArguments(RecipeArguments):
+class ProtectedArguments(RecipeArguments):
+    """Data of the run and of what it should not cost."""
+
+    ptx_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Text or chat data whose loss is mixed in (ptx_coef), or that EWC and projection protect."},
+    )
+
+
+@dataclass
+class MeasuredArguments(ProtectedArguments):
     """Data of the run, what is measured on the way, and what is done with the trained model."""
 
     measure_steps: int = field(
@@ -287,7 +297,8 @@ def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
     `stage`, adapters and quantisation."""
     args.model_init_kwargs = model_init_kwargs(model_args) | (args.model_init_kwargs or {})
     train, test = load_splits(script_args, stage)
-    return {
+    texts = {"ptx_dataset": load_ptx(script_args)[0]} if isinstance(script_args, ProtectedArguments) else {}
+    return texts | {
         "model": resolve_model(model_args.model_name_or_path, start),
         "args": args,
         "train_dataset": train,
@@ -295,6 +306,13 @@ def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
         "peft_config": get_peft_config(model_args),
         "quantization_config": get_quantization_config(model_args),
     }
+
+
+def load_ptx(script_args) -> tuple[Dataset | None, Dataset | None]:
+    """(train, test) of `ptx_dataset_name`, or None for both."""
+    if not script_args.ptx_dataset_name:
+        return None, None
+    return load_splits(RecipeArguments(dataset_name=script_args.ptx_dataset_name), "ptx")
 
 
 def load_texts(script_args) -> Dataset | None:

@@ -19,14 +19,11 @@ from lifecycle_hf import PPOConfig, PPOTrainer, cli
 
 
 @dataclass
-class PPOArguments(cli.RecipeArguments):
+class PPOArguments(cli.ProtectedArguments):
     """Data, rewards and measurements of the run."""
 
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Reward models by name or path, and callables as MODULE:FUNCTION."}
-    )
-    ptx_dataset_name: str | None = field(
-        default=None, metadata={"help": "Text or chat data whose loss is mixed in with weight ptx_coef."}
     )
     measure_updates: int = field(
         default=5, metadata={"help": "Measure capability, reward and KL at both ends and every X updates; 0: never."}
@@ -36,9 +33,7 @@ class PPOArguments(cli.RecipeArguments):
 
 def main(script_args, args, model_args):
     train, test = cli.load_splits(script_args, "ppo")
-    texts = (None, None)
-    if script_args.ptx_dataset_name:
-        texts = cli.load_splits(cli.RecipeArguments(dataset_name=script_args.ptx_dataset_name), "ptx")
+    texts = cli.load_ptx(script_args)
     trainer = PPOTrainer(
         model=cli.resolve_model(model_args.model_name_or_path, "sft"),
         reward_funcs=[cli.resolve_reward(name) for name in script_args.reward_funcs],

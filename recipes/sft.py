@@ -29,4 +29,4 @@ def main(script_args, args, model_args):
 
 if __name__ == "__main__":
     default = Path(__file__).parent / "configs" / "sft_toyworld.yaml"
-    main(*cli.parse((cli.RecipeArguments, SFTConfig, ModelConfig), default, description=__doc__))
+    main(*cli.parse((cli.ProtectedArguments, SFTConfig, ModelConfig), default, description=__doc__))

@@ -19,6 +19,7 @@ from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.callbacks import PREFIX
+from lifecycle_hf.trainers.mitigations import mitigations_in_force, protect
 from lifecycle_hf.trainers.model_card import write_model_card
 
 STAGING = "_tmp-"
@@ -138,7 +139,8 @@ class LifecycleTrainerMixin:
     - `self.metrics["train" | "eval"]` are [`MetricAccumulator`]s that `log` and evaluations reduce and merge in.
     - `self.stateful` names [`Stateful`] objects, saved in every checkpoint as `lifecycle_<name>` and restored on
       resume; those in `self.stateful_per_rank` hold state that differs between ranks.
-    - [`add_auxiliary_loss`] adds a loss of the model to that of the trainer, [`constrain_objective`] weighs that.
+    - [`add_auxiliary_loss`] adds a loss of the model to that of the trainer, [`constrain_objective`] weighs that;
+      [`protect`] does what the [`MitigationOptions`] say.
     - `create_model_card` tells what the attributes say: `card_objective`, `card_paper` (title, arXiv id), the values
       of the common options and of those in `card_options`, `dataset_name` and the table in `tax_report`.
     """
@@ -158,6 +160,8 @@ class LifecycleTrainerMixin:
         self._auxiliary: dict[str, tuple[Callable[[nn.Module], torch.Tensor], float | LagrangeMultiplier]] = {}
         self._objective: LagrangeMultiplier | None = None
         self.dual_ascent = DualAscent(self)
+
+    protect = protect
 
     def add_auxiliary_loss(
         self, name: str, function: Callable[[nn.Module], torch.Tensor], weight: float | LagrangeMultiplier = 1.0
@@ -335,6 +339,7 @@ class LifecycleTrainerMixin:
         if not self.is_world_process_zero():
             return
         options = {name: getattr(self.args, name) for name in (*CARD_OPTIONS, *self.card_options)}
+        options |= mitigations_in_force(self.args)
         model = getattr(self.model, "policy", self.model)
         if isinstance(model, PeftModel):
             config = model.active_peft_config

@@ -60,13 +60,15 @@ class PretrainingRows:
 class CapabilityLoss:
     """Mean NLL per token of the next batch of texts: −Σ m·log p(x_t | x_<t) / Σ m, nats, with its gradient.
 
+    With `reduction="sum"` the sum over the tokens; of one row, that is the loss of a Fisher information.
+
     Serves as a trainer's auxiliary loss (PTX for any trainer: `add_auxiliary_loss("capability", loss, 0.5)`) and
     wherever `f(model) -> scalar` is asked for. Each call takes the next rows of a shuffle that is drawn anew in every
     epoch; the ranks hold disjoint rows. Over several batches or ranks the mean of their means is taken.
 
     Args:
         dataset: text, chat or prompt-completion rows, as for `tokenize_texts`.
-        batch_size: rows per process and call; 1 gives the per-example losses of a Fisher information.
+        batch_size: rows per process and call.
         max_length: cut rows to this many tokens.
         rank, world_size: by default those of torch.distributed at the first call, or 0 of 1.
 
@@ -84,18 +86,21 @@ class CapabilityLoss:
         *,
         batch_size: int = 8,
         max_length: int = 512,
+        reduction: str = "mean",
         seed: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"CapabilityLoss: batch_size={batch_size} must be at least 1.")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"CapabilityLoss: reduction={reduction!r} is unknown: choose 'mean' or 'sum'.")
         texts = prepare_texts(dataset, tokenizer, max_length=max_length, where="the capability dataset")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.rows = PretrainingRows(
             texts, batch_size=batch_size, pad_token_id=pad, seed=seed, rank=rank, world_size=world_size
         )
-        self.position = 0
+        self.reduction, self.position = reduction, 0
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         rows = self.rows
@@ -104,7 +109,8 @@ class CapabilityLoss:
             rows.rank, rows.world_size = (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
         texts, mask = rows.batch(self.position, next(model.parameters()).device)
         self.position += 1
-        return -(completion_logprobs(model, texts).logprobs * mask).sum() / mask.sum()
+        nll = -(completion_logprobs(model, texts).logprobs * mask).sum()
+        return nll if self.reduction == "sum" else nll / mask.sum()
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -44,6 +44,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         args: options of the subclass.
         train_dataset, eval_dataset: in TRL's formats, chat or plain; `eval_dataset` may be a dict of several.
         processing_class: tokenizer; the model's by default.
+        ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
         peft_config, quantization_config: as in TRL.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -67,6 +68,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class=None,
+        ptx_dataset: Dataset | None = None,
         peft_config=None,
         quantization_config=None,
         callbacks=None,
@@ -116,6 +118,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = self._each(self.eval_dataset, self._with_reference, "eval")
             self.model.reference, self.model.reference_role = None, None
+        self.protect(ptx_dataset)
 
     # Data
 

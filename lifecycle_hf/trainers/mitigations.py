@@ -1,9 +1,97 @@
-"""What makes any trainer pay less alignment tax."""
+"""What makes any trainer pay less alignment tax, by its options."""
+
+import warnings
+from dataclasses import fields
 
 from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
 from transformers import TrainerCallback
 
+from lifecycle_hf.alignment_tax.ewc import EWC
 from lifecycle_hf.alignment_tax.projection import OrthogonalProjection
+from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
+from lifecycle_hf.trainers.capability import CapabilityLoss
+from lifecycle_hf.trainers.options import MitigationOptions
+
+NEEDS_TEXTS = ("ptx_coef", "ptx_ceiling", "ewc_coef", "projection")
+WHOLE = ("ptx_batch_size", "ptx_max_length", "ewc_rows", "projection_k", "projection_batches", "projection_every")
+SEEDS = {"ptx": 0, "ewc": 1, "projection": 2}
+"""Added to the run's, so that each has texts in an order of its own."""
+
+
+def mitigations_in_force(args) -> dict[str, object]:
+    """{option: value} of the [`MitigationOptions`] in `args` that are not at their defaults."""
+    options = fields(MitigationOptions) if isinstance(args, MitigationOptions) else ()
+    return {item.name: getattr(args, item.name) for item in options if getattr(args, item.name) != item.default}
+
+
+def check_mitigations(args: MitigationOptions, dataset: Dataset | None) -> None:
+    """Check the options before anything is computed, and that those that need texts have them.
+
+    Raises:
+        ValueError: naming the option, its value and what to do.
+    """
+    for name in WHOLE:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least 1, and whole.")
+    for name in ("ptx_coef", "ewc_coef", "ptx_rate"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{name}={getattr(args, name)} must not be negative.")
+    if args.ewc and not args.ewc_coef:
+        raise ValueError(f"ewc={args.ewc!r} does nothing while ewc_coef is 0: set its weight.")
+    wanted = [name for name in NEEDS_TEXTS if getattr(args, name) and not (name == "ewc_coef" and args.ewc)]
+    if wanted and dataset is None:
+        raise ValueError(
+            f"{wanted[0]}={getattr(args, wanted[0])} is set, but ptx_dataset is not: give the texts to protect, or "
+            f"leave {wanted[0]} out."
+        )
+    if dataset is not None and not wanted:
+        warnings.warn(
+            "ptx_dataset is given, but ptx_coef is 0 and nothing else reads it: no pretraining is mixed in.",
+            stacklevel=3,
+        )
+
+
+def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
+    """Sets up what the trainer's [`MitigationOptions`] ask for.
+
+    Args:
+        dataset: text, chat or prompt-completion rows of what the model should go on knowing.
+        mixes: whether the trainer mixes a plain `ptx_coef` into its loss itself.
+    """
+    args = trainer.args
+    check_mitigations(args, dataset)
+
+    def texts(use: str, batch_size: int | None, **options) -> CapabilityLoss:
+        size = {"batch_size": batch_size or args.per_device_train_batch_size, "max_length": args.ptx_max_length}
+        return CapabilityLoss(dataset, trainer.processing_class, seed=args.seed + SEEDS[use], **size, **options)
+
+    if args.ptx_ceiling is not None:
+        weight = LagrangeMultiplier(args.ptx_ceiling, rate=args.ptx_rate, initial=args.ptx_coef)
+        trainer.add_auxiliary_loss("ptx", texts("ptx", args.ptx_batch_size), weight)
+    elif args.ptx_coef > 0 and not mixes:
+        trainer.add_auxiliary_loss("ptx", texts("ptx", args.ptx_batch_size), args.ptx_coef)
+    if args.ewc_coef > 0:
+        policy = active_policy(trainer.model)
+        if args.ewc:
+            ewc = EWC.load(args.ewc, policy, device=args.device)
+        else:
+            rows = texts("ewc", 1, reduction="sum")
+            ewc = EWC.estimate(policy, (rows(policy) for _ in range(args.ewc_rows)))
+        trainer.add_auxiliary_loss("ewc", ewc, args.ewc_coef)
+    if args.projection:
+        options = {name: getattr(args, f"projection_{name}") for name in ("k", "batches", "every", "when", "scope",
+                                                                            "refresh")}  # fmt: skip
+        loss = texts("projection", args.ptx_batch_size)
+        ProjectionCallback(loss, level=args.projection, **options).attach(trainer)
+
+
+def active_policy(model):
+    """The policy in a trainer's model, without its engine's wrapper, with the adapter that trains switched on."""
+    whole = extract_model_from_parallel(model)
+    if getattr(whole, "shared", None) is not None:
+        whole.shared.activate(whole.policy_role)
+    return getattr(whole, "policy", whole)
 
 
 class ProjectionCallback(TrainerCallback):
@@ -32,7 +120,7 @@ class ProjectionCallback(TrainerCallback):
             ValueError: an option is out of range, or the trainer runs on DeepSpeed, or its policy is but a part of
                 what FSDP2 shards.
         """
-        policy = getattr(trainer.model, "policy", trainer.model)
+        policy = active_policy(trainer.model)
         if trainer.is_deepspeed_enabled:
             raise ValueError("ProjectionCallback does not run on DeepSpeed: use DDP or FSDP2.")
         if trainer.is_fsdp_enabled and policy is not trainer.model:
@@ -42,6 +130,7 @@ class ProjectionCallback(TrainerCallback):
             )
 
         def loss(model):
+            active_policy(trainer.model)
             with trainer.accelerator.autocast():
                 return self.capability_loss(model)
 
@@ -50,14 +139,15 @@ class ProjectionCallback(TrainerCallback):
             # FSDP2's processes hold different pieces.
             home = trainer.stateful_per_rank if trainer.is_fsdp_enabled else trainer.stateful
             home["projection"] = self.projection
+            if isinstance(self.capability_loss, CapabilityLoss):
+                trainer.stateful["projection_texts"] = self.capability_loss
         trainer.add_callback(self)
         return self
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.projection is None:
             raise ValueError("ProjectionCallback is not attached: call .attach(trainer) in place of callbacks=[...].")
-        whole = extract_model_from_parallel(model)
-        self.projection.model = getattr(whole, "policy", whole)
+        self.projection.model = active_policy(model)
         self.projection.attach(optimizer)
 
     def on_optimizer_step(self, args, state, control, **kwargs):

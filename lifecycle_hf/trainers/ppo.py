@@ -17,9 +17,10 @@ from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
 from lifecycle_hf.rollouts import stop_token_ids
 from lifecycle_hf.scoring import Completions
-from lifecycle_hf.trainers.capability import PretrainingRows
+from lifecycle_hf.trainers.capability import PretrainingRows, prepare_texts
 from lifecycle_hf.trainers.faults import FaultGuard
 from lifecycle_hf.trainers.kl_budget import BudgetKeeper
+from lifecycle_hf.trainers.mitigations import check_mitigations
 from lifecycle_hf.trainers.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
@@ -27,7 +28,6 @@ from lifecycle_hf.trainers.ppo_setup import (
     Builder,
     check_reward_columns,
     check_room,
-    prepare_pretraining,
     prepare_prompts,
 )
 from lifecycle_hf.trainers.rollout_buffer import RolloutBuffer, RolloutSampler
@@ -58,7 +58,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             a PPO checkpoint.
         ref_model: reference; by default a frozen copy of the policy as it starts, with PEFT the base with adapters
             off, or a frozen copy of the adapter that the policy starts from.
-        ptx_dataset: text, chat or prompt-completion data for `ptx_coef`.
+        ptx_dataset: text, chat or prompt-completion data for `ptx_coef` and the other [`MitigationOptions`].
         peft_config, quantization_config: as in TRL. With PEFT policy, value, reference, and a reward adapter of the
             same base, share one base.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -105,7 +105,12 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         )
         check_room(parts.actor_critic, args)
         tokenizer = parts.tokenizer
-        texts = prepare_pretraining(ptx_dataset, tokenizer, args)
+        check_mitigations(args, ptx_dataset)
+        texts = None
+        if args.ptx_coef > 0 and args.ptx_ceiling is None:  # a ceiling makes it an auxiliary loss
+            texts = prepare_texts(
+                ptx_dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
+            )
         if eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, tokenizer, args, "eval_dataset")
         stop_tokens = stop_token_ids(parts.actor_critic.policy, tokenizer, args.stop_tokens)
@@ -135,6 +140,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.stateful_per_rank = {"rollout": self.buffer}
         self.can_return_loss = True
         self.label_names = []
+        self.protect(ptx_dataset, mixes=texts is not None)
 
     # Setting up
 

@@ -116,12 +116,6 @@ class PPOConfig(PolicyConfig):
     )
     reward_clip: float | None = option(None, "Clip scores to ± this, after normalisation.")
 
-    ptx_coef: float = option(0.0, "γ_ptx, weight of the pretraining loss (mean NLL per token); needs a ptx_dataset.")
-    ptx_batch_size: int | None = option(
-        None, "Pretraining rows per device and micro-batch; per_device_train_batch_size by default."
-    )
-    ptx_max_length: int = option(512, "Cut pretraining rows to this many tokens.")
-
     log_completions: bool = option(True, "Print a table of sample completions every logging_steps.")
     num_completions_to_print: int = option(4, "Rows of that table.")
 

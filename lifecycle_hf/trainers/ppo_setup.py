@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from lifecycle_hf.models.shared_base import SharedBase, load_adapter_weights, ro
 from lifecycle_hf.rewards import CallableReward
 from lifecycle_hf.scoring import unwrapped
 from lifecycle_hf.trainers.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
-from lifecycle_hf.trainers.capability import prepare_texts
 from lifecycle_hf.trainers.policy import PolicyBuilder
 from lifecycle_hf.trainers.ppo_config import PPOConfig
 
@@ -244,25 +242,6 @@ def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> Non
                 f"The reward function {source.name!r} needs {sorted(missing)}, and train_dataset has the columns "
                 f"{columns}: add them, or give the parameters defaults."
             )
-
-
-def prepare_pretraining(dataset: Dataset | None, tokenizer, args: PPOConfig) -> Dataset | None:
-    """Tokenised pretraining rows with something to predict after their first token.
-
-    Raises:
-        ValueError: if `ptx_coef` is set without a `ptx_dataset`, or no row is left.
-    """
-    if args.ptx_coef > 0 and dataset is None:
-        raise ValueError(
-            f"ptx_coef={args.ptx_coef} is set, but ptx_dataset is not: give the texts to mix in, or ptx_coef=0."
-        )
-    if args.ptx_coef == 0:
-        if dataset is not None:
-            warnings.warn("ptx_dataset is given, but ptx_coef is 0: no pretraining is mixed in.", stacklevel=2)
-        return None
-    return prepare_texts(
-        dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
-    )
 
 
 def check_room(model: nn.Module, args: PPOConfig) -> None:

@@ -20,7 +20,8 @@ from lifecycle_hf.data.special_tokens import add_denoising_tokens
 from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.scoring import has_prefix
-from lifecycle_hf.trainers.options import option, settle_bf16
+from lifecycle_hf.trainers.mitigations import mitigations_in_force
+from lifecycle_hf.trainers.options import MitigationOptions, option, settle_bf16
 from lifecycle_hf.trainers.stage import StageTrainerMixin, prepare_tokenizer
 
 DENOISERS: dict[str, tuple[Denoiser, ...]] = {
@@ -34,7 +35,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass
-class PretrainingConfig(TrainingArguments):
+class PretrainingConfig(MitigationOptions, TrainingArguments):
     """Options of pretraining: AdamW with β = (.9, .95), cosine with warm-up, clipping."""
 
     objective: str = option("causal", f"What is learnt: {', '.join(OBJECTIVES)}.")
@@ -102,6 +103,7 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         model: a name or path, or a model. Its embeddings grow to the tokenizer's size.
         train_dataset, eval_dataset: a column of text (`dataset_text_field`) or "input_ids", in memory or streamed.
         processing_class: tokenizer; sentinels, mode tokens and a mask token are added where the objective needs them.
+        ptx_dataset: texts that [`MitigationOptions`] protect as a model is pretrained further, by causal LM.
 
     Raises:
         ValueError: a model that the objective can't train, an empty corpus, a row too short for its spans, or a
@@ -121,6 +123,7 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         train_dataset: Dataset | StreamedDataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        ptx_dataset: Dataset | None = None,
         callbacks=None,
         optimizers=(None, None),
     ):
@@ -156,6 +159,12 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         self._init_lifecycle()
         if hasattr(data[0], "set_epoch"):
             self.add_callback(_NewNoise(data[0]))
+        if mitigations_in_force(args) and (self.is_seq2seq or args.objective == "masked"):
+            raise ValueError(
+                f"{next(iter(mitigations_in_force(args)))} protects what a causal or prefix LM knows, and "
+                f"{type(model).__name__} is none: leave it out."
+            )
+        self.protect(ptx_dataset)
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Rows of numpy arrays as one batch, padded on the right."""

@@ -24,7 +24,7 @@ from lifecycle_hf.data.tokenize import (
 )
 from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, load_tokenizer, prepare_quantized
 from lifecycle_hf.scoring import has_prefix
-from lifecycle_hf.trainers.options import STRICT_DATA, option
+from lifecycle_hf.trainers.options import STRICT_DATA, MitigationOptions, option
 from lifecycle_hf.trainers.stage import (
     StageTrainerMixin,
     check_train_dataset,
@@ -37,8 +37,11 @@ ROW = "_row"
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """TRL's options for supervised fine-tuning and `strict_data`; an unset `bf16` is off without accelerator."""
+class SFTConfig(MitigationOptions, trl.SFTConfig):
+    """TRL's options for supervised fine-tuning, `strict_data`, and what pays less alignment tax.
+
+    An unset `bf16` is off without accelerator.
+    """
 
     strict_data: bool = option(False, STRICT_DATA)
 
@@ -58,6 +61,7 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
     Args:
         model: a name or path (of a model, or of an adapter to train on), or a causal LM or PeftModel.
         args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config, ...: as in TRL.
+        ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
 
     Raises:
         ValueError: for data, tokenizer or chat template that would make the run wrong, before it starts.
@@ -76,6 +80,7 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config=None,
+        ptx_dataset: Dataset | None = None,
         **kwargs,
     ):
         args = SFTConfig("output/sft") if args is None else args
@@ -112,6 +117,7 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         check_pad_token(tokenizer, self.model)
         if ROW in self.train_dataset.column_names:
             self._tell_lost_rows(train_dataset[ROW])
+        self.protect(ptx_dataset)
 
     def _tell_lost_rows(self, given: Sequence[int]) -> None:
         """Report the rows that TRL dropped because truncation left nothing to learn from."""

@@ -4,44 +4,9 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
-from ppo_setting import trainer as ppo_trainer
-from preference_setting import ANSWERS, PAIRS
-from preference_setting import trainer as preference_trainer
-from transformers import LlamaForSequenceClassification
+from trainer_setting import MAKE, SGD
 
-from lifecycle_hf import DPOTrainer, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
-
-SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1, "lr_scheduler_type": "constant"}
-TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
-
-
-def sft(tiny_llama, tmp_path, **options):
-    return stage(SFTTrainer, SFTConfig, tiny_llama[0](), TEXTS, tiny_llama, tmp_path, options)
-
-
-def reward(tiny_llama, tmp_path, **options):
-    config = tiny_llama[0]().config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(config)
-    return stage(RewardTrainer, RewardConfig, model, PAIRS, tiny_llama, tmp_path, options)
-
-
-def stage(cls, config, model, data, tiny_llama, tmp_path, options):
-    quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
-    args = config(str(tmp_path), gradient_checkpointing=False, **quiet, **options)
-    return cls(model, args=args, train_dataset=data, processing_class=tiny_llama[1])
-
-
-MAKE = {
-    "sft": sft,
-    "reward": reward,
-    "dpo": lambda *given, **options: preference_trainer(*given, DPOTrainer, **options),
-    "kto": lambda *given, **options: preference_trainer(*given, KTOTrainer, dataset=ANSWERS, **options),
-    "ppo": lambda *given, **options: ppo_trainer(*given, **options),
-}
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -1,0 +1,108 @@
+"""Mitigations by option: each trainer takes each of them, and what they do to a step is what their formula says."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from trainer_setting import MAKE, SGD
+
+from lifecycle_hf.alignment_tax.ewc import EWC
+from lifecycle_hf.trainers.capability import CapabilityLoss
+
+NAMES = [name for name in MAKE if name != "reward"]
+FACTS = Dataset.from_dict({"text": [f"the capital of land {i} is city {i}" for i in range(4)]})
+EXACT = {"per_device_train_batch_size": 4, "ptx_batch_size": 4}
+"""All texts in every batch, so that the gradient of their loss is known."""
+
+
+def make(name, tiny_llama, tmp_path, **options):
+    given = {"ptx_dataset": options.pop("ptx_dataset", None)}
+    return MAKE[name](tiny_llama, tmp_path, trainer_options=given, **SGD | options)
+
+
+def policy_of(run):
+    return getattr(run.model, "policy", run.model)
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in policy_of(run).named_parameters() if p.requires_grad}
+
+
+def capability_gradient(run):
+    policy, tokenizer = policy_of(run), run.processing_class
+    loss = CapabilityLoss(FACTS, tokenizer, batch_size=4)(policy)
+    names, parameters = zip(*((n, p) for n, p in policy.named_parameters() if p.requires_grad))
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
+
+
+def moved(run):
+    before = weights(run)
+    run.train()
+    return {name: (after.double() - before[name].double()) for name, after in weights(run).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ptx_adds_its_share_of_the_gradient(tiny_llama, tmp_path, name):
+    plain = moved(make(name, tiny_llama, tmp_path, **EXACT))
+    mixed_run = make(name, tiny_llama, tmp_path, **EXACT, ptx_coef=0.5, ptx_dataset=FACTS)
+    gradient = capability_gradient(mixed_run)
+    mixed = moved(mixed_run)
+    for key, found in gradient.items():  # Δθ = −0.1·(g + ½c)
+        torch.testing.assert_close(mixed[key], plain[key] - 0.05 * found, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_projection_leaves_the_texts_where_they_were(tiny_llama, tmp_path, name, level):
+    adamw = {} if level == "gradient" else {"optim": "adamw_torch", "weight_decay": 0.1}
+    run = make(name, tiny_llama, tmp_path, **adamw, **EXACT, projection=level, ptx_dataset=FACTS)
+    gradient = capability_gradient(run)
+    steps = moved(run)
+    dot = sum((steps[key] * found).sum() for key, found in gradient.items()).item()
+    sizes = [math.sqrt(sum(t.square().sum().item() for t in side.values())) for side in (gradient, steps)]
+    assert sizes[1] > 1e-5 and abs(dot) <= 1e-5 * sizes[0] * sizes[1]
+    assert any("projection/removed" in entry for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ewc_pulls_back_by_the_fisher(tiny_llama, tmp_path, name):
+    options = EXACT | {"ewc_coef": 50.0, "ewc_rows": 4, "ptx_dataset": FACTS, "max_steps": 2}
+    run = make(name, tiny_llama, tmp_path, **options)
+    ewc = run._auxiliary["ewc"][0]
+    rows = CapabilityLoss(FACTS, run.processing_class, batch_size=1, reduction="sum")
+    naive = EWC.estimate(policy_of(run), (rows(policy_of(run)) for _ in range(4)))
+    for key, found in naive.fisher.items():
+        torch.testing.assert_close(ewc.fisher[key], found, atol=1e-7, rtol=1e-4)
+    run.train()
+    first, second = [entry["loss/ewc"] for entry in run.state.log_history if "loss/ewc" in entry]
+    assert first == 0 and second > 0
+
+
+def test_a_ceiling_raises_its_multiplier_while_it_is_broken(tiny_llama, tmp_path):
+    options = EXACT | {"max_steps": 3, "ptx_ceiling": 0.5, "ptx_rate": 0.1, "ptx_dataset": FACTS}
+    run = make("ppo", tiny_llama, tmp_path, **options)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "lambda/ptx" in entry]
+    price = 0.0
+    for entry in logs:  # λ ← λ + rate·(c − ceiling), c the loss of the step
+        price += 0.1 * (entry["loss/ptx"] - 0.5)
+        assert entry["lambda/ptx"] == pytest.approx(price, rel=1e-4)
+    assert len(logs) == 3 and price > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ptx_coef": 0.5}, "ptx_coef=0.5 is set, but ptx_dataset is not"),
+        ({"projection": "update"}, "projection=update is set, but ptx_dataset is not"),
+        ({"ewc_coef": 1.0}, "ewc_coef=1.0 is set, but ptx_dataset is not"),
+        ({"ewc": "fisher.safetensors"}, "does nothing while ewc_coef is 0"),
+        ({"projection": "update", "projection_k": 0, "ptx_dataset": FACTS}, "projection_k=0 must be at least 1"),
+        ({"projection": "steps", "ptx_dataset": FACTS}, "level='steps'; choose one of gradient, update"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(tiny_llama, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make("dpo", tiny_llama, tmp_path, **options)
