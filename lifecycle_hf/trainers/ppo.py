@@ -106,11 +106,6 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         check_room(parts.actor_critic, args)
         tokenizer = parts.tokenizer
         check_mitigations(args, ptx_dataset)
-        texts = None
-        if args.ptx_coef > 0 and args.ptx_ceiling is None:  # a ceiling makes it an auxiliary loss
-            texts = prepare_texts(
-                ptx_dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
-            )
         if eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, tokenizer, args, "eval_dataset")
         stop_tokens = stop_token_ids(parts.actor_critic.policy, tokenizer, args.stop_tokens)
@@ -128,7 +123,8 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.model.settles_values = self._settles_values()
         check_reward_columns(parts.rewards, self.train_dataset.column_names)
         self._init_lifecycle()
-        self.ptx_rows = None if texts is None else self._pretraining_rows(texts)
+        mixes = args.ptx_coef > 0 and args.ptx_ceiling is None  # a ceiling makes it an auxiliary loss
+        self.ptx_rows = self._pretraining_rows(ptx_dataset) if mixes else None
         self._texts, self._step_totals = [], None
         self.kl_control = self._kl_control()
         self.rollouts = RolloutMaker(self, parts.rewards, stop_tokens)
@@ -140,7 +136,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.stateful_per_rank = {"rollout": self.buffer}
         self.can_return_loss = True
         self.label_names = []
-        self.protect(ptx_dataset, mixes=texts is not None)
+        self.protect(ptx_dataset, mixes=mixes)
 
     # Setting up
 
@@ -179,12 +175,14 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
         return not (is_sharded(self.model) or self.is_fsdp_enabled or reentrant or args.fp16)
 
-    def _pretraining_rows(self, texts: Dataset) -> PretrainingRows:
-        args = self.args
+    def _pretraining_rows(self, dataset: Dataset) -> PretrainingRows:
+        args, tokenizer = self.args, self.processing_class
         return PretrainingRows(
-            texts,
+            prepare_texts(
+                dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
+            ),
             batch_size=args.ptx_batch_size or args.per_device_train_batch_size,
-            pad_token_id=self.processing_class.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
