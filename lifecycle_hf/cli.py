@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
-from lifecycle_hf.alignment_tax.pictures import plot_history
+from lifecycle_hf.alignment_tax.pictures import plot_history, plot_overoptimization
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -392,12 +392,22 @@ def train_and_report(trainer, script_args, model_args):
     if report and trainer.is_world_process_zero():
         try:  # before the push, and never at the cost of the model
             plot_history(trainer.state.log_history, Path(trainer.args.output_dir) / "training.png")
+            _plot_overoptimization(trainer.state.log_history, Path(trainer.args.output_dir) / "overoptimization.png")
         except ValueError as error:
             print(f"No picture: {error}")
     finish(trainer, script_args, model_args, report.to_json() if report else {})
     if report:
         trainer.accelerator.print(report.to_terminal())
     trainer.accelerator.print(f"Model, report.json and pictures are in {trainer.args.output_dir}")
+
+
+def _plot_overoptimization(history, path):
+    """Where KL and rewards were measured together at three points or more."""
+    names = {"proxy reward": "tax/proxy_reward", "gold reward": "tax/gold_reward"}
+    rows = [entry for entry in history if entry.keys() >= {"tax/kl", *names.values()}]
+    if len(rows) > 2:
+        scores = {label: [row[name] for row in rows] for label, name in names.items()}
+        plot_overoptimization([row["tax/kl"] for row in rows], scores, path)
 
 
 def finish(trainer, script_args, model_args, report):
@@ -411,7 +421,7 @@ def finish(trainer, script_args, model_args, report):
     output_dir = Path(args.output_dir)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "report.json").write_text(json.dumps(_json_ready(report), indent=2, ensure_ascii=False) + "\n")
+        (output_dir / "report.json").write_text(json.dumps(json_ready(report), indent=2, ensure_ascii=False) + "\n")
     trainer.save_model(str(output_dir))
     if not args.push_to_hub:  # otherwise save_model has written the card and pushed
         trainer.create_model_card()
@@ -434,11 +444,12 @@ def _merge(trainer, output_dir):
     trainer.accelerator.wait_for_everyone()
 
 
-def _json_ready(value):
+def json_ready(value):
+    """`value` for `json.dump`: keys as text, NaN and infinity as null."""
     if isinstance(value, dict):
-        return {str(key): _json_ready(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,6 +28,7 @@ COLUMNS = (
     {"scoring", "rollouts", "rewards", "memory", "scaling"},
     {"trainers"},
     {"toyworld", "cli"},
+    {"evaluation"},
     {"recipes"},
 )
 COLUMN_OF = {name: index for index, names in enumerate(COLUMNS) for name in names}

@@ -5,9 +5,9 @@ judge only: every trainer runs on it through the same public interface as on a r
 """
 
 from lifecycle_hf.toyworld.data import dataset
-from lifecycle_hf.toyworld.evaluation import measure
+from lifecycle_hf.toyworld.evaluation import measure, questions
 from lifecycle_hf.toyworld.gold import gold_reward
 from lifecycle_hf.toyworld.model import build_model, build_tokenizer
 from lifecycle_hf.toyworld.stages import stage_checkpoint
 
-__all__ = ["build_model", "build_tokenizer", "dataset", "gold_reward", "measure", "stage_checkpoint"]
+__all__ = ["build_model", "build_tokenizer", "dataset", "gold_reward", "measure", "questions", "stage_checkpoint"]

@@ -3,6 +3,7 @@
 import math
 import random
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.alignment_tax.bootstrap import Measurement
@@ -10,6 +11,7 @@ from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.rollouts import generate, stop_token_ids
 from lifecycle_hf.toyworld.data import dataset, draw_request
 from lifecycle_hf.toyworld.gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
+from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, FACTS, NOUNS
 
 COMPLETION_TOKENS = 32
 
@@ -48,6 +50,20 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: in
         "benign_accuracy": _mean(correct),
         "perplexity": perplexity(model, tokenizer, dataset("ptx")["test"]["text"], batch_size=64),
     }
+
+
+def questions() -> Dataset:
+    """Every fact and sum as a multiple-choice row {"question", "choices", "answer": index}, in a document's words."""
+    rows = []
+    for land, facts in FACTS.items():
+        for attribute, value in facts.items():
+            noun, choices = NOUNS[attribute].format(land=land), list(ATTRIBUTES[attribute])
+            rows.append({"question": f"As for {noun}, it is", "choices": choices, "answer": choices.index(value)})
+    sums = [str(total) for total in range(2 * DIGITS[0], 2 * DIGITS[-1] + 1)]
+    for a in DIGITS:
+        for b in DIGITS:
+            rows.append({"question": f"{a} plus {b} is", "choices": sums, "answer": sums.index(str(a + b))})
+    return Dataset.from_list(rows)
 
 
 def _mean(values: list) -> float:

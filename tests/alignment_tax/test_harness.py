@@ -12,6 +12,7 @@ from lifecycle_hf.alignment_tax.metrics import multiple_choice, perplexity
 
 pytest.importorskip("lm_eval")
 TEXTS = ["The capital of France is Paris.", "Two and three make five.", "Please tell me a story about a red fox."]
+ACCURACIES = ("acc", "acc_norm")
 QUESTIONS = [
     {"question": "The capital of France is", "choices": ["Paris", "a small red fox", "seven"], "answer": 0},
     {"question": "Two and three make", "choices": ["five", "a prime number"], "answer": 0},
@@ -68,7 +69,7 @@ def test_multiple_choice_agrees(tiny_llama, tmp_path, seed):
     task = write_task(
         tmp_path, "choices", QUESTIONS, output_type="multiple_choice", doc_to_text="{{question}}",
         doc_to_target="answer", doc_to_choice="choices", target_delimiter=" ",
-        metric_list=[{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+        metric_list=[{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ACCURACIES],
     )  # fmt: skip
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     for given in (model, str(tmp_path / "model")):

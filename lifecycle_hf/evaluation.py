@@ -1,0 +1,310 @@
+"""What a checkpoint is worth: capability and alignment metrics asked for by name, for any model there is."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lifecycle_hf import cli
+from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval
+from lifecycle_hf.alignment_tax.calibration import (
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
+from lifecycle_hf.alignment_tax.diversity import distinct_n, self_bleu, token_entropy
+from lifecycle_hf.alignment_tax.harness import lm_eval_tasks
+from lifecycle_hf.alignment_tax.metrics import exact_match, kl_to_reference, multiple_choice, perplexity
+from lifecycle_hf.alignment_tax.pareto import hypervolume, pareto_front
+from lifecycle_hf.alignment_tax.pictures import plot_pareto, plot_reliability
+from lifecycle_hf.alignment_tax.report import TaxReport
+from lifecycle_hf.data.collators import pad_sequences
+from lifecycle_hf.data.schemas import to_prompts
+from lifecycle_hf.data.tokenize import encode_prompt
+from lifecycle_hf.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from lifecycle_hf.rewards import CallableReward, Samples
+from lifecycle_hf.rollouts import generate, stop_token_ids
+
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+@dataclass
+class Result:
+    """Values by name, whether more of each is better, (confidence, correct) of each set of questions, and the names of
+    the alignment metrics."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    confidences: dict[str, tuple] = field(default_factory=dict)
+    alignment: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: float, higher: bool, alignment: bool = False) -> None:
+        """Takes in a metric; `alignment` tells what alignment is for from capability, which pays for it."""
+        self.values[name], self.higher_is_better[name] = value, higher
+        self.alignment += [name] * alignment
+
+
+@dataclass
+class Evaluation:
+    """Metrics of checkpoints, on the same items for all of them.
+
+    Args:
+        capability: each KIND:DATA[:COLUMN], with data as `cli.load_splits` finds it, held-out part:
+            `perplexity:DATA[:COLUMN]` (column text), `multiple_choice:DATA` (columns question, choices, answer: an
+            index or one of the choices), `exact_match:DATA[:COLUMN]` (columns question and answer; the last number of
+            either is compared where the reference has one), `lm_eval:TASK` (a name or YAML file), or `toyworld`.
+        alignment: reward models and MODULE:FUNCTION rewards of sampled completions, `diversity`, and `drift`.
+        prompts: data whose prompts are answered for `alignment`.
+        rows: rows of each held-out part, and documents of each lm_eval task.
+        max_new_tokens, temperature, seed: of sampling; answers of exact_match are decoded greedily.
+
+    Raises:
+        ValueError: a kind that is not known, or alignment metrics without prompts.
+    """
+
+    capability: Sequence[str]
+    alignment: Sequence[str] = ()
+    prompts: str | None = None
+    rows: int = 128
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str | None = None
+
+    def __post_init__(self):
+        kinds = ("perplexity", "multiple_choice", "exact_match", "lm_eval")
+        for spec in self.capability:
+            kind, _, data = spec.partition(":")
+            if spec != "toyworld" and (kind not in kinds or not data):
+                raise ValueError(f"capability: {spec!r} is neither toyworld nor KIND:DATA, KIND one of {kinds}.")
+        if self.alignment and not self.prompts:
+            raise ValueError("alignment: its metrics need prompts to answer (--prompts DATA).")
+
+    def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A checkpoint of any kind, on the accelerator where there is one."""
+        kwargs = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} if self.dtype else {}
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return load_causal_lm(name, init_kwargs=kwargs).to(device).eval(), load_tokenizer(name)
+
+    def measure(self, model, tokenizer, reference: PreTrainedModel | None = None) -> Result:
+        """Everything asked for; `drift` only against a `reference` that shares the tokenizer."""
+        result = Result()
+        for spec in self.capability:
+            kind, _, data = spec.partition(":")
+            getattr(self, f"_{kind}")(result, model, tokenizer, data)
+        if self.alignment:
+            self._alignment(result, model, tokenizer, reference)
+        return result
+
+    def _toyworld(self, result, model, tokenizer, data):
+        from lifecycle_hf import toyworld
+
+        measured = toyworld.measure(model, tokenizer, n=self.rows, seed=self.seed)
+        for name in sorted(measured, key="perplexity".__ne__):  # the capability that a Pareto front is drawn of
+            result.add(name, measured[name], cli.TOYWORLD[name], alignment=name in ("gold_reward", "refusal_rate"))
+        self._choices(result, model, tokenizer, "facts and sums", toyworld.questions())
+
+    def _perplexity(self, result, model, tokenizer, data):
+        name, column, rows = self._rows(data, "text", "ptx")
+        texts = [x if isinstance(x, str) else tokenizer.apply_chat_template(x, tokenize=False) for x in rows[column]]
+        result.add(f"perplexity {name}", perplexity(model, tokenizer, texts, batch_size=self.batch_size), False)
+
+    def _multiple_choice(self, result, model, tokenizer, data):
+        name, _, rows = self._rows(data, "question", "sft")
+        self._choices(result, model, tokenizer, name, rows)
+
+    def _choices(self, result, model, tokenizer, name, rows):
+        labels = [a if isinstance(a, int) else c.index(a) for a, c in zip(rows["answer"], rows["choices"])]
+        questions = list(rows["question"]), list(rows["choices"]), labels
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        answered = multiple_choice(model, tokenizer, *questions, batch_size=self.batch_size, max_length=longest)
+        p = answered.probabilities
+        confidence, correct = p.max(1), p.argmax(1) == answered.labels
+        result.add(f"accuracy {name}", answered.acc, True)
+        result.add(f"normalised accuracy {name}", answered.acc_norm, True)
+        result.add(f"ECE {name}", expected_calibration_error(confidence, correct), False)
+        result.add(f"Brier score {name}", brier_score(p, answered.labels), False)
+        result.add(f"NLL of the answer {name}", negative_log_likelihood(p, answered.labels), False)
+        result.confidences[name] = confidence, correct
+
+    def _exact_match(self, result, model, tokenizer, data):
+        name, column, rows = self._rows(data, "answer", "sft")
+        ids = [encode_prompt(tokenizer, question) for question in rows["question"]]
+        answers, _ = self._sample(model, tokenizer, ids, temperature=0.0)
+        result.add(f"exact match {name}", exact_match(answers, list(rows[column]), pattern=NUMBER), True)
+
+    def _lm_eval(self, result, model, tokenizer, task):
+        values, higher = lm_eval_tasks(model, tokenizer, [task], limit=self.rows, batch_size=self.batch_size)
+        for name, value in values.items():
+            result.add(name, value, higher[name])
+
+    def _rows(self, spec, column, stage) -> tuple[str, str, Dataset]:
+        """(short name, column, rows) of DATA[:COLUMN]; the held-out part, or all of a file that has but one row."""
+        data, _, named = spec.partition(":")
+        column = named or column
+        train, test = cli.load_splits(cli.RecipeArguments(dataset_name=data), stage)
+        rows = cli.held_out(train if test is None else test, self.rows)
+        if column not in rows.column_names:
+            raise ValueError(f"capability: {data} has no column {column!r}; it has {rows.column_names}.")
+        return Path(data).name.split(".")[0], column, rows
+
+    def _sample(self, model, tokenizer, ids, temperature) -> tuple[list[str], list[list[int]]]:
+        completions = generate(
+            model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            stop_token_ids=stop_token_ids(model, tokenizer),
+            pad_token_id=0,
+            generator_seed=self.seed,
+            batch_size=self.batch_size,
+        )
+        return tokenizer.batch_decode(completions, skip_special_tokens=True), completions
+
+    @cached_property
+    def _data(self) -> Dataset:
+        train, test = cli.load_splits(cli.RecipeArguments(dataset_name=self.prompts), "ppo")
+        return to_prompts(cli.held_out(train if test is None else test, self.rows), "prompts")
+
+    @cached_property
+    def _rewards(self) -> dict:
+        """{name: Samples -> scores} of the alignment metrics that are rewards."""
+        found = {}
+        for spec in self.alignment:
+            if spec not in ("diversity", "drift"):
+                reward = cli.resolve_reward(spec)
+                name = spec.rpartition(":")[2].rstrip("/").rpartition("/")[2]
+                name = "reward model" if spec == "toyworld" else name
+                found[name] = CallableReward(reward) if callable(reward) else _model_reward(reward, self.batch_size)
+        return found
+
+    def _alignment(self, result, model, tokenizer, reference):
+        data, size = self._data, {"batch_size": self.batch_size}
+        ids = [encode_prompt(tokenizer, prompt) for prompt in data["prompt"]]
+        texts, completions = self._sample(model, tokenizer, ids, self.temperature)
+        columns = {name: list(data[name]) for name in data.column_names if name != "prompt"}
+        samples = Samples(list(data["prompt"]), texts, columns)
+        for name, score in self._rewards.items():
+            result.add(name, Measurement(score(samples)), True, alignment=True)
+        if "diversity" in self.alignment:
+            result.add("token entropy (nats)", token_entropy(model, ids, completions, **size), True)
+            for n in (1, 2):
+                result.add(f"distinct-{n}", distinct_n(texts, n), True)
+            result.add("self-BLEU", self_bleu(texts), False)
+        if "drift" in self.alignment and reference is not None:
+            for name, value in kl_to_reference(model, reference, ids, completions, **size).items():
+                result.add("KL per token (nats)" if "token" in name else "KL (nats per sequence)", value, False)
+
+
+def _model_reward(name: str, batch_size: int):
+    reward = load_reward_model(name)
+
+    @torch.no_grad()
+    def score(samples: Samples) -> list[float]:
+        rows, scores = samples.encode(reward.tokenizer), []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            lengths = torch.tensor([len(row) for row in batch])
+            scores += reward.score(pad_sequences(batch, 0).to(reward.device), lengths).tolist()
+        return scores
+
+    return score
+
+
+def measure_tax(
+    evaluation: Evaluation, base: str, aligned: Sequence[str], output_dir: str | Path
+) -> dict[str, TaxReport]:
+    """Measure checkpoints against the one they came from, and write report.md, report.json and pictures.
+
+    Pictures: a reliability diagram per model and set of questions; with two aligned models or more the Pareto front of
+    the first alignment and the first capability metric, lower-is-better ones with their sign turned.
+
+    Args:
+        base, aligned: local or Hub names of full checkpoints or PEFT adapters.
+
+    Returns:
+        {label of an aligned model: its report}.
+
+    Raises:
+        ValueError: as `Evaluation`, or `drift` between models of different vocabularies.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = _labels([base, *aligned])
+    model, tokenizer = evaluation.load(base)
+    reference = model if "drift" in evaluation.alignment else None
+    results = {labels[0]: evaluation.measure(model, tokenizer, reference)}
+    del model
+    for label, name in zip(labels[1:], aligned):
+        model, own = evaluation.load(name)
+        if reference is not None and own.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"drift: {name} and {base} have different vocabularies, so no KL between them.")
+        results[label] = evaluation.measure(model, own, reference)
+        del model
+    first = results[labels[0]]
+    reports = {label: TaxReport(first.values, results[label].values, first.higher_is_better) for label in labels[1:]}
+    for label, result in results.items():
+        for name, judged in result.confidences.items():
+            file = f"reliability_{label}_{name}.png".replace(" ", "_").replace("/", "_")
+            plot_reliability(*judged, folder / file, title=f"{label}, {name}")
+    pareto = _pareto(results, folder / "pareto.png") if len(aligned) > 1 else None
+    models = {label: report.to_json() for label, report in reports.items()}
+    content = cli.json_ready({"base": base, "models": models, "pareto": pareto})
+    (folder / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    parts = [f"# Alignment tax against {labels[0]}"]
+    parts += [f"## {label}\n\n{report.to_markdown()}" for label, report in reports.items()]
+    if pareto:
+        front, worst = ", ".join(pareto["front"]), ", ".join(f"{value:.4g}" for value in pareto["reference"])
+        parts.append(
+            f"## Pareto front\n\n![Pareto front](pareto.png)\n\nOf {' and '.join(pareto['axes'].values())}: {front}. "
+            f"Hypervolume {pareto['hypervolume']:.4g} against the worst of all in each, ({worst})."
+        )
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    return reports
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last part of each name, as much more of it as tells it from the others."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for size in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-size:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError(f"aligned: a checkpoint is named twice in {list(names)}.")
+
+
+def _pareto(results: dict[str, Result], path: Path) -> dict | None:
+    """Draw and describe the front; None where there is no metric on either side."""
+    first = next(iter(results.values()))
+    sides = {
+        "alignment": first.alignment,
+        "capability": [name for name in first.values if name not in first.alignment],
+    }
+    if not all(sides.values()):
+        return None
+    names = {side: metrics[0] for side, metrics in sides.items()}
+    signs = {side: 1 if first.higher_is_better[name] else -1 for side, name in names.items()}
+    rows = [{"label": label} for label in results]
+    for row, result in zip(rows, results.values()):
+        for side, name in names.items():
+            value = result.values[name]
+            row[side] = signs[side] * value
+            if isinstance(value, Measurement) and len(value.columns) > 1:
+                row[f"{side}_interval"] = sorted(signs[side] * end for end in bootstrap_interval(value))
+    titles = {side: f"{'−' * (signs[side] < 0)}{name}" for side, name in names.items()}
+    plot_pareto(rows, path, **titles)
+    points = [(row["alignment"], row["capability"]) for row in rows]
+    worst = [min(values) for values in zip(*points)]
+    return {
+        "axes": titles,
+        "rows": rows,
+        "front": [rows[i]["label"] for i in pareto_front(points)],
+        "hypervolume": hypervolume(points, worst),
+        "reference": worst,
+    }

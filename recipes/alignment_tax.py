@@ -1,0 +1,69 @@
+"""What alignment cost: any checkpoints against the one that they came from.
+
+The embedded default, the toy world's SFT model against what `python recipes/ppo.py` made of it:
+    python recipes/alignment_tax.py
+    python recipes/alignment_tax.py toyworld output/ppo output/dpo
+Your own, local or Hub names, full checkpoints or PEFT adapters:
+    python recipes/alignment_tax.py BASE ALIGNED ALIGNED2 --output_dir output/tax
+        --capability perplexity:TEXTS.jsonl:text multiple_choice:QUESTIONS.jsonl lm_eval:arc_easy
+        --alignment REWARD_MODEL MODULE:FUNCTION diversity drift --prompts PROMPTS
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lifecycle_hf import cli
+from lifecycle_hf.evaluation import Evaluation, measure_tax
+
+DEFAULT_ALIGNED = "output/ppo"
+CAPABILITY = (
+    "perplexity:DATA[:COLUMN], multiple_choice:DATA, exact_match:DATA[:COLUMN], DATA a local file or folder or a data "
+    "set of the Hub; lm_eval:TASK or FILE.yaml; `toyworld`"
+)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", default="toyworld", help="`toyworld`: its SFT model, built when absent")
+    parser.add_argument("aligned", nargs="*", help=f"of the toy world {DEFAULT_ALIGNED} by default")
+    parser.add_argument("--capability", nargs="+", metavar="KIND:DATA", help=CAPABILITY)
+    parser.add_argument(
+        "--alignment", nargs="+", metavar="REWARD", help="reward models, MODULE:FUNCTION, `diversity`, `drift`"
+    )
+    parser.add_argument("--prompts", help="data whose prompts are answered for --alignment")
+    parser.add_argument("--rows", type=int, default=128, help="held-out rows per metric (128)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="of an answer (64)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers for --alignment (1)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16, ... (float32)")
+    parser.add_argument("--output_dir", default="output/alignment_tax")
+    args = parser.parse_args(argv)
+    if args.base == "toyworld":
+        args.capability = args.capability or ["toyworld"]
+        args.alignment = args.alignment or ["toyworld", "diversity", "drift"]
+        args.prompts = args.prompts or "toyworld"
+        if not args.aligned and Path(DEFAULT_ALIGNED, "config.json").exists():
+            args.aligned = [DEFAULT_ALIGNED]
+    if not args.aligned:
+        parser.error(f"no ALIGNED model given, and {DEFAULT_ALIGNED} holds none: run `python recipes/ppo.py` first.")
+    if not (args.capability or args.alignment):
+        parser.error("nothing to measure: give --capability or --alignment.")
+    return args
+
+
+def main(args):
+    asked = {name: value for name, value in vars(args).items() if name not in ("base", "aligned", "output_dir")}
+    evaluation = Evaluation(**asked | {"capability": args.capability or [], "alignment": args.alignment or []})
+    reports = measure_tax(evaluation, cli.resolve_model(args.base, "sft"), args.aligned, args.output_dir)
+    for label, report in reports.items():
+        print(report.to_terminal(title=f"Alignment tax of {label}"))
+    print(f"report.md, report.json and pictures are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except ValueError as error:
+        sys.exit(f"alignment_tax.py: {error}")
