@@ -70,7 +70,8 @@ class BudgetKeeper(TrainerCallback):
         rows = [data[i % len(data)] for i in range(first, first + size)]
         trainer.rollouts.make(rows, MetricAccumulator(), training=False)
         rejected = self.takes_back(trainer.rollouts.means["kl"], size * args.world_size)
-        trainer.log({"kl_budget/kl": self.kl, "kl_budget/rejected": float(rejected)})
+        trainer.metrics["train"].add("kl_budget/rejected", float(rejected))
+        trainer.log({"kl_budget/kl": self.kl})
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl": self.kl} | self.kept
