@@ -1,0 +1,253 @@
+"""What alignment costs in the toy world, and what each mitigation buys back: PPO and DPO, three seeds each.
+
+    python benchmarks/alignment_tax.py                         # both, under an hour on two cores
+    python benchmarks/alignment_tax.py --only ppo --seeds 0
+    python benchmarks/alignment_tax.py --study projection      # why projection does what it does, under half an hour
+
+Every run is a recipe with options that you could type (they are printed); one that stands in --output_dir is kept, so
+that a killed benchmark goes on. Each model is then measured on the same held-out requests, documents and questions.
+Written to --output_dir: results.md with the tables, pareto_ppo.png, pareto_dpo.png, overoptimization.png,
+reliability_*.png and results.json.
+
+A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
+Intervals are 95 % bootstrap percentiles that draw seeds and, for all seeds and models alike, items.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from measuring import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = {
+    "ppo": {"kl_control": "fixed", "kl_coef": 0.1, "ptx_coef": 0, "log_completions": False, "measure_updates": 0},
+    "dpo": {"measure_rows": 32},
+}
+TEXTS = {"ptx_dataset_name": "toyworld", "ptx_batch_size": 32, "ptx_max_length": 64}
+ADAPTIVE = {"kl_control": "adaptive", "kl_coef": 0.4}
+SETTINGS = {
+    "ppo": {
+        "plain": {"measure_updates": 3},
+        "PTX": {"ptx_coef": 0.5},
+        "EWC": {"ewc_coef": 100},
+        "projection, gradient": {"projection": "gradient"},
+        "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
+        "projection, update": {"projection": "update"},
+        "projection, update, on conflict": {"projection": "update", "projection_when": "conflict"},
+        "adaptive KL": ADAPTIVE,
+        "exponential KL": {"kl_control": "exponential", "kl_coef": 0.05, "kl_rate": 0.3, "kl_coef_max": 2.0},
+        "KL budget": {"kl_control": "budget", "kl_budget": 8.0, "kl_rate": 0.05},
+        "PTX + adaptive KL": ADAPTIVE | {"ptx_coef": 0.5},
+        "EWC + adaptive KL": ADAPTIVE | {"ewc_coef": 100},
+        "projection, update + adaptive KL": ADAPTIVE | {"projection": "update"},
+    },
+    "dpo": {
+        "plain": {},
+        "PTX": {"ptx_coef": 0.5},
+        "EWC": {"ewc_coef": 100},
+        "projection, gradient": {"projection": "gradient"},
+        "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
+        "projection, update": {"projection": "update"},
+        "projection, update, on conflict": {"projection": "update", "projection_when": "conflict"},
+    },
+}
+STUDY = {
+    "one batch": {},
+    "eight batches averaged": {"projection_batches": 8},
+    "16 directions, running": {"projection_k": 16, "projection_refresh": "running"},
+    "each tensor by itself": {"projection_scope": "tensor"},
+    "16 directions, each tensor": {"projection_k": 16, "projection_refresh": "running", "projection_scope": "tensor"},
+    "SGD": {"optim": "sgd", "learning_rate": 0.3},
+}
+ALPHAS = (0.2, 0.4, 0.6, 0.8)
+SHOWN = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False,
+         "accuracy facts and sums": True, "ECE facts and sums": False, "token entropy (nats)": True,
+         "self-BLEU": False, "KL (nats per sequence)": False}  # fmt: skip
+ALIGNMENT, CAPABILITY = "gold_reward", "perplexity"
+
+
+def train(stage, name, options, seed, folder):
+    """Run the recipe unless its model is there."""
+    if not (folder / "report.json").exists():
+        options = TEXTS | PLAIN[stage] | options | {"output_dir": folder, "disable_tqdm": True, "seed": seed}
+        command = [sys.executable, f"recipes/{stage}.py"]
+        command += [str(word) for option, value in options.items() for word in (f"--{option}", value)]
+        print(f"{stage}, {name}, seed {seed}: {' '.join(command[1:])}", flush=True)
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}, seed {seed} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return folder
+
+
+def interpolated(plain, alpha, base):
+    from lifecycle_hf.alignment_tax.interpolation import interpolate
+
+    folder = plain.with_name(f"{plain.name}_alpha_{alpha}")
+    if not folder.exists():
+        interpolate(base, plain, alpha, folder)
+    return folder
+
+
+class Judge:
+    """Measures checkpoints on the same items, and remembers what it found."""
+
+    def __init__(self, rows):
+        from lifecycle_hf.evaluation import Evaluation
+        from lifecycle_hf.toyworld.stages import stage_checkpoint
+
+        self.base = str(stage_checkpoint("sft"))
+        alignment = ["toyworld", "diversity", "drift"]
+        options = {"rows": rows, "batch_size": 64, "max_new_tokens": 32}
+        self.evaluation = Evaluation(["toyworld"], alignment, "toyworld", **options)
+        self.reference = self.evaluation.load(self.base)[0]
+        self.found = {}
+
+    def __call__(self, folder):
+        if folder not in self.found:
+            self.found[folder] = self.evaluation.measure(*self.evaluation.load(str(folder)), self.reference)
+        return self.found[folder]
+
+
+def interval(first, second, resamples=2000):
+    """(difference, low, high) of a metric between two settings, each a list of its `Measurement`s by seed."""
+    rng = np.random.default_rng(0)
+    pairs = list(zip(first, second, strict=True))
+    estimate = float(np.mean([float(a) - float(b) for a, b in pairs]))
+    if not all(hasattr(value, "columns") for pair in pairs for value in pair):
+        return estimate, np.nan, np.nan
+    n = len(pairs[0][0].columns)
+    weights = rng.multinomial(n, np.full(n, 1 / n), resamples) / n
+    by_seed = np.stack([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs])
+    seeds = rng.integers(len(pairs), size=(len(pairs), resamples))
+    draws = np.take_along_axis(by_seed, seeds, 0).mean(0)
+    return estimate, *map(float, np.quantile(draws, [0.025, 0.975]))
+
+
+def table(results, base, against="plain"):
+    """Markdown: per setting the mean of every metric, with the interval of its difference to `against`."""
+    lines = [f"| run | {' | '.join(SHOWN)} |", "|---" + "|---:" * len(SHOWN) + "|"]
+    cells = [f"{base.values[name]:.3f}" if name in base.values else "0" for name in SHOWN]
+    lines.append(f"| SFT model | {' | '.join(cells)} |")
+    for name, runs in results.items():
+        cells = []
+        for metric in SHOWN:
+            values = [run.values[metric] for run in runs]
+            cell = f"{np.mean([float(v) for v in values]):.3f}"
+            if name != against:
+                change, low, high = interval(values, [run.values[metric] for run in results[against]])
+                cell += f" ({change:+.3f}: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else f" ({change:+.3f})"
+            cells.append(cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdicts(results, against="plain"):
+    """Which settings are better than the plain run outside the intervals, and how."""
+    lines = []
+    for name, runs in results.items():
+        if name == against:
+            continue
+        gains = []
+        for metric, higher in ((ALIGNMENT, True), (CAPABILITY, False), ("accuracy facts and sums", True)):
+            change, low, high = interval(*([run.values[metric] for run in side] for side in (runs, results[against])))
+            word = "the same" if low <= 0 <= high else "better" if (change > 0) == higher else "worse"
+            gains.append((metric, word, change, low, high))
+        words = [word for _, word, *_ in gains[:2]]
+        beats = "worse" not in words and "better" in words
+        told = "; ".join(f"{m} {w} ({c:+.3f}: {low:+.3f} to {high:+.3f})" for m, w, c, low, high in gains)
+        lines.append(f"- **{name}** {'beats' if beats else 'does not beat'} plain: {told}.")
+    return "\n".join(lines)
+
+
+def point(name, runs, base):
+    """A setting in the plane of gold reward and −perplexity tax, with intervals."""
+    zero = [base.values[ALIGNMENT]] * len(runs)
+    mean = float(np.mean([float(run.values[ALIGNMENT]) for run in runs]))
+    change, low, high = interval([run.values[ALIGNMENT] for run in runs], zero)
+    row = {"label": name, "alignment": mean, "alignment_interval": (mean + low - change, mean + high - change)}
+    change, low, high = interval([run.values[CAPABILITY] for run in runs], [base.values[CAPABILITY]] * len(runs))
+    return row | {"capability": -change, "capability_interval": (-high, -low)}
+
+
+def report(stage, results, base, folder):
+    """The part of results.md about one stage; draws its Pareto front."""
+    from lifecycle_hf.alignment_tax.pareto import hypervolume, pareto_front
+    from lifecycle_hf.alignment_tax.pictures import plot_pareto
+
+    rows = [point("SFT model", [base] * len(results["plain"]), base)]
+    rows += [point(name, runs, base) for name, runs in results.items()]
+    points = [(row["alignment"], row["capability"]) for row in rows]
+    title = f"{stage.upper()} in the toy world, means of {len(results['plain'])} seeds"
+    plot_pareto(
+        rows, folder / f"pareto_{stage}.png", alignment="gold reward", capability="−perplexity tax", title=title
+    )
+    corner = (base.values[ALIGNMENT], min(y for _, y in points))
+    plain = hypervolume([points[0], points[1]], corner)
+    front = ", ".join(rows[i]["label"] for i in pareto_front(points))
+    return (
+        f"## {stage.upper()}\n\n{table(results, base)}\n\n{verdicts(results)}\n\nPareto front: {front}. Hypervolume "
+        f"against ({corner[0]:.3f}, {corner[1]:.3f}): {hypervolume(points, corner):.4f}, the SFT "
+        f"model's and the plain run's alone {plain:.4f}.\n"
+    )
+
+
+def pictures(results, base, folder):
+    """Over-optimisation of the plain PPO runs, and how well models know what they know."""
+    from lifecycle_hf.alignment_tax.pictures import plot_reliability
+
+    for name, run in (("SFT", base), ("plain_PPO", results["plain"][0]), ("PPO_with_PTX", results["PTX"][0])):
+        plot_reliability(*run.confidences["facts and sums"], folder / f"reliability_{name}.png", title=name)
+    drawn = sorted((folder / "ppo" / "plain").glob("seed_*/overoptimization.png"))
+    shutil.copy(drawn[0], folder)
+
+
+def main(args):
+    folder = Path(args.output_dir).resolve()
+    settings = (
+        {"ppo": {"plain": {}} | {n: {"projection": "update"} | o for n, o in STUDY.items()}}
+        if args.study
+        else SETTINGS
+    )
+    stages = [args.only] if args.only else list(settings)
+    judge = Judge(args.rows)
+    jobs = [
+        (stage, name, options, seed, folder / stage / name.replace(", ", "_").replace(" ", "_") / f"seed_{seed}")
+        for seed in args.seeds
+        for stage in stages
+        for name, options in settings[stage].items()
+    ]
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(lambda job: train(*job), jobs))
+    text = []
+    for stage in stages:
+        results = {name: [] for name in settings[stage]}
+        for _, name, _, _, made in (job for job in jobs if job[0] == stage):
+            results[name].append(judge(made))
+        if not args.study:
+            for alpha in ALPHAS:
+                made = [interpolated(folder / stage / "plain" / f"seed_{s}", alpha, judge.base) for s in args.seeds]
+                results[f"interpolation, {alpha} of the way"] = [judge(path) for path in made]
+        base = judge(Path(judge.base))
+        text.append(report(stage, results, base, folder))
+        if stage == "ppo" and not args.study:
+            pictures(results, base, folder)
+    (folder / "results.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("ppo", "dpo"), help="one of the two")
+    parser.add_argument("--study", choices=("projection",), help="variants of the projection instead")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, default=384, help="held-out requests per model")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--output_dir", default="output/benchmark_tax")
+    prepare()
+    main(parser.parse_args())
