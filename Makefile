@@ -12,10 +12,10 @@ ppo: $(READY)
 	$(BIN)/python recipes/ppo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake notebooks tests -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake notebooks tests
 
 quality: $(READY)
 	$(BIN)/ruff check .
