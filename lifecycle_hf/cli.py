@@ -22,6 +22,7 @@ from trl import ScriptArguments, TrlParser, get_peft_config, get_quantization_co
 
 from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.alignment_tax.pictures import plot_history, plot_overoptimization
+from lifecycle_hf.data.corpora import split_tail, text_corpus
 from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -39,7 +40,7 @@ class RecipeArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "`toyworld`, a local file (.jsonl, .json, .csv, .parquet, .txt, also with .gz), a local folder, "
-            "or a data set of the Hub."
+            "or a data set of the Hub; to pretrain on also `python`, its documentation."
         },
     )
     dataset_test_split: str = field(
@@ -197,7 +198,8 @@ def load_splits(script_args, stage) -> tuple[Dataset, Dataset | None]:
     """Load (train, test) by `dataset_name`: `toyworld`, a local file or folder, or a dataset of the Hub.
 
     When there is no split named `test`, 5 % of train (1 to 500 rows, always the same) are held out for it; a train
-    split of one row gives None.
+    split of one row gives None. To `pretrain` on, text files are whole documents (`text_corpus`), held out by
+    `split_tail`.
 
     Raises:
         ValueError: no name, nothing found under it, or a split that it does not have.
@@ -230,6 +232,8 @@ def _load(name, config, stage):
         from lifecycle_hf import toyworld
 
         return toyworld.dataset(stage)
+    if stage == "pretrain" and (corpus := text_corpus(name)):
+        return dict(zip(("train", "test"), split_tail(corpus)))
     path = Path(name).expanduser()
     suffix = next((s for s in reversed(path.suffixes) if s in LOADER_OF_SUFFIX), None)
     if path.is_file():
@@ -415,13 +419,12 @@ def finish(trainer, script_args, model_args, report):
     and with `--merge` a deployable copy under `output_dir/merged`. Every process calls it.
 
     Args:
-        report: what report.json says, JSON-ready (NaN and infinity become null).
+        report: what report.json says (`write_report`).
     """
     args = trainer.args
     output_dir = Path(args.output_dir)
     if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "report.json").write_text(json.dumps(json_ready(report), indent=2, ensure_ascii=False) + "\n")
+        write_report(report, output_dir)
     trainer.save_model(str(output_dir))
     if not args.push_to_hub:  # otherwise save_model has written the card and pushed
         trainer.create_model_card()
@@ -429,6 +432,13 @@ def finish(trainer, script_args, model_args, report):
     if getattr(script_args, "merge", False):
         _merge(trainer, output_dir)
     trainer.end()
+
+
+def write_report(report, output_dir):
+    """report.json in `output_dir`; NaN and infinity become null."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "report.json").write_text(json.dumps(json_ready(report), indent=2, ensure_ascii=False) + "\n")
 
 
 def _merge(trainer, output_dir):

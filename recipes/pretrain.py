@@ -14,11 +14,13 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM, PretrainingConfig, cli
-from lifecycle_hf.data.corpora import python_documentation, read_corpus, split_tail, train_tokenizer
+from lifecycle_hf import PretrainingConfig, cli
+from lifecycle_hf.data.corpora import train_tokenizer
 from lifecycle_hf.models.loading import load_tokenizer
 from lifecycle_hf.rollouts import generate
-from lifecycle_hf.trainers.pretraining import DENOISERS, PretrainingTrainer
+from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 @dataclass
@@ -35,36 +37,6 @@ class PretrainingArguments(cli.RecipeArguments):
     prompt: str = field(default="The ", metadata={"help": "What the trained model continues at the end."})
 
 
-def load_corpus(script_args):
-    """Train and held-out documents."""
-    name = script_args.dataset_name or ""
-    if name == "python":
-        return split_tail(python_documentation())
-    path = Path(name)
-    plain = [path] if path.is_file() else path.rglob("*") if name and path.is_dir() else []
-    if any(file.suffix in (".txt", ".md") for file in plain):
-        return split_tail(read_corpus(path))
-    return cli.load_splits(script_args, "pretrain")
-
-
-def new_model(script_args, args, tokenizer):
-    """A lifecycle model whose attention fits the objective."""
-    masked = args.objective == "masked"
-    attention = "bidirectional" if masked else "prefix" if args.objective in DENOISERS else "causal"
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    config = LifecycleConfig(
-        **{name: getattr(script_args, name) for name in sizes},
-        vocab_size=len(tokenizer),
-        attention=attention,
-        max_position_embeddings=4 * args.max_length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (LifecycleForMaskedLM if masked else LifecycleForCausalLM)(config)
-
-
 def sample(trainer, prompt):
     """What the model makes of `prompt`; nothing of a masked or an encoder-decoder model."""
     if trainer.args.objective == "masked" or trainer.is_seq2seq:
@@ -78,11 +50,12 @@ def sample(trainer, prompt):
 
 
 def main(script_args, args, model_args):
-    train, test = load_corpus(script_args)
+    train, test = cli.load_splits(script_args, "pretrain")
     source = script_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = load_tokenizer(source) if source else train_tokenizer(train["text"], script_args.vocab_size)
     args.model_init_kwargs = cli.model_init_kwargs(model_args) | (args.model_init_kwargs or {})
-    model = model_args.model_name_or_path or new_model(script_args, args, tokenizer)
+    sizes = {name: getattr(script_args, name) for name in SIZES}
+    model = model_args.model_name_or_path or new_model(args, tokenizer, **sizes)
     trainer = PretrainingTrainer(model, args, train, test, tokenizer)
     trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=cli.resume_point(args))

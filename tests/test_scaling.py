@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from lifecycle_hf.scaling import ScalingLaw, draw_isoflop, fit_scaling_law, plan_ladder
-from lifecycle_hf.scaling.__main__ import main, read_points
+from lifecycle_hf.scaling.__main__ import main
 from lifecycle_hf.scaling.fit import GRID, objective
 from lifecycle_hf.scaling.law import CONSTANTS
 from lifecycle_hf.scaling.picture import budgets_of, merged
+from lifecycle_hf.scaling.points import load_runs, read_points, save_runs
 
 HOFFMANN = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 REPLICATION = ScalingLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
@@ -218,6 +219,10 @@ def test_plan_ladder():
     assert budgets_of([6 * n * d for n, d in got]) == pytest.approx([6e18, 6e19])
     with pytest.raises(ValueError, match="budget 6e18 needs 3 sizes between 50M and 1B parameters"):
         plan_ladder([6e18], [1e8, 2e8, 2e9])
+    sizes = [1e8, 2e8, 4e8, 1e9]
+    assert plan_ladder([6e18], sizes, most_tokens=5e9) == [(2e8, 5e9), (4e8, 2.5e9), (1e9, 1e9)]
+    with pytest.raises(ValueError, match="needs 3 sizes between 333M and 1B parameters"):
+        plan_ladder([6e18], sizes, most_tokens=3e9)
 
 
 def test_budgets_of_runs_without_groups():
@@ -233,6 +238,30 @@ def test_points_are_read(tmp_path, form):
     else:
         path.write_text("\n".join(json.dumps({"loss": c, "tokens": b, "parameters": a}) for a, b, c in rows))
     np.testing.assert_array_equal(read_points(path).T, rows)
+
+
+def test_runs_are_kept_and_of_one_kind(tmp_path):
+    path = tmp_path / "points.jsonl"
+    rows = [
+        {"parameters": n, "tokens": 2e9, "loss": 3.0, "settings": {"seed": 0, "rate": 1e-3}} for n in (100000000, 2e8)
+    ]
+    assert load_runs(path, {"seed": 0}) == []
+    save_runs(path, rows[:1]), save_runs(path, rows)
+    assert load_runs(path, {"seed": 0, "rate": 1e-3}) == rows and list(tmp_path.iterdir()) == [path]
+    np.testing.assert_array_equal(read_points(path), [[1e8, 2e8], [2e9, 2e9], [3, 3]])
+    with pytest.raises(ValueError, match=r"points.jsonl has runs of rate=0.001, not 0.002: give another output_dir"):
+        load_runs(path, {"rate": 2e-3})
+
+
+def test_report(fitted):
+    report = json.loads(json.dumps(fitted.report([1e21])))
+    assert report["law"] == vars_of(fitted) and report["intervals"]["a"] == list(fitted.interval("a"))
+    assert report["best"][0]["tokens"] == fitted.optimum(1e21).tokens
+    assert HOFFMANN.report() == {"law": vars_of(HOFFMANN), "intervals": {}, "best": []}
+
+
+def vars_of(law):
+    return {name: getattr(law, name) for name in CONSTANTS} | law.exponents
 
 
 def numbers(text):

@@ -27,6 +27,15 @@ def read_corpus(path: str | Path, *, separator: str | None = None, strict: bool 
     return Dataset.from_dict({"text": texts})
 
 
+def text_corpus(name: str) -> Dataset | None:
+    """The documents of a .txt or .md file, of a folder that holds some, or of "python"; None for other data."""
+    if name == "python":
+        return python_documentation()
+    path = Path(name).expanduser()
+    files = path.rglob("*") if path.is_dir() else [path]
+    return read_corpus(path) if any(f.is_file() and f.suffix in (".txt", ".md") for f in files) else None
+
+
 def python_documentation() -> Dataset:
     """The language reference that Python brings with it, 0.5 MB: real text on any machine."""
     return Dataset.from_dict({"text": [text for _, text in sorted(topics.topics.items())]})

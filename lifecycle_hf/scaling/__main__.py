@@ -1,35 +1,12 @@
 """Fit a scaling law to runs of one's own, and print the best use of compute."""
 
 import argparse
-import csv
 import json
 from pathlib import Path
 
-import numpy as np
-
 from lifecycle_hf.scaling.fit import fit_scaling_law
-from lifecycle_hf.scaling.law import COLUMNS
 from lifecycle_hf.scaling.picture import budgets_of, draw_isoflop, merged
-
-
-def read_points(path) -> np.ndarray:
-    """[3, runs], the columns parameters, tokens and loss of a .csv or .jsonl file; others are left alone.
-
-    Raises:
-        ValueError: another kind of file, or a row without a number for each.
-    """
-    path, points = Path(path), []
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: give a file ending in .csv or .jsonl.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.DictReader(file) if path.suffix == ".csv" else file, start=1):
-            try:
-                row = json.loads(row) if isinstance(row, str) else row
-                points.append([float(row[name]) for name in COLUMNS])
-            except (KeyError, TypeError, ValueError):
-                wanted = ", ".join(COLUMNS)
-                raise ValueError(f"{path}, row {number}: numbers {wanted} are needed; it is {row}.") from None
-    return np.array(points).reshape(-1, 3).T
+from lifecycle_hf.scaling.points import read_points
 
 
 def main(arguments: list[str] | None = None) -> None:

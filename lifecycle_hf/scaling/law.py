@@ -144,6 +144,12 @@ class ScalingLaw:
             tables.append((headings, rows))
         return tables
 
+    def report(self, budgets=()) -> dict:
+        """The constants, exponents and optima of `budgets`, with intervals where there are samples, for JSON."""
+        values = {name: getattr(self, name) for name in CONSTANTS} | self.exponents
+        intervals = {name: self.interval(name) for name in values} if len(self.samples) else {}
+        return {"law": values, "intervals": intervals, "best": [asdict(self.optimum(budget)) for budget in budgets]}
+
     def to_json(self) -> dict:
         """Every field, ready for `json.dump`."""
         return asdict(self) | {"samples": self.samples.tolist()}
@@ -169,13 +175,14 @@ def percentile_interval(values, level):
     return tuple(float(edge) for edge in np.quantile(values, ((1 - level) / 2, (1 + level) / 2)))
 
 
-def plan_ladder(budgets, sizes, *, tokens_per_parameter=(1, 400)) -> list[tuple[float, float]]:
+def plan_ladder(budgets, sizes, *, tokens_per_parameter=(1, 400), most_tokens=math.inf) -> list[tuple[float, float]]:
     """(N, D) of the runs to train: every size at every budget, D = C / (6N).
 
     Args:
         budgets: FLOPs C.
         sizes: parameter counts N.
         tokens_per_parameter: least and most D/N; runs outside, far from any optimum, are left out.
+        most_tokens: largest D, where the text is short; runs beyond are left out, too.
 
     Raises:
         ValueError: a budget is left with fewer than 3 sizes, too few to show where its loss is least.
@@ -184,9 +191,10 @@ def plan_ladder(budgets, sizes, *, tokens_per_parameter=(1, 400)) -> list[tuple[
     ladder = []
     for budget in budgets:
         runs = [(size, budget / (6 * size)) for size in sorted(sizes)]
-        runs = [(n, d) for n, d in runs if least <= d / n <= most]
+        runs = [(n, d) for n, d in runs if least <= d / n <= most and d <= most_tokens]
         if len(runs) < 3:
-            low, high = (short_count(math.sqrt(budget / (6 * ratio))) for ratio in (most, least))
+            low, high = (math.sqrt(budget / (6 * ratio)) for ratio in (most, least))
+            low, high = short_count(max(low, budget / (6 * most_tokens))), short_count(high)
             raise ValueError(
                 f"plan_ladder: budget {short_flops(budget)} needs 3 sizes between {low} and {high} parameters."
             )

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
@@ -17,6 +24,7 @@ from lifecycle_hf.data.denoising import IGNORED, PREFIX_LM, SPAN_CORRUPTION, UL2
 from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, TokenStream
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows, RowPlan
 from lifecycle_hf.data.special_tokens import add_denoising_tokens
+from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
 from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.scoring import has_prefix
@@ -243,6 +251,23 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
             speed = 6 * parameters * means["tokens_per_second"] / self.accelerator.num_processes
             means["mfu"] = speed / peak
         return means
+
+
+def new_model(args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, **sizes) -> PreTrainedModel:
+    """An untrained lifecycle model for `args.objective`, drawn by `args.seed`; `sizes` are fields of its config."""
+    masked = args.objective == "masked"
+    config = LifecycleConfig(
+        **sizes,
+        vocab_size=len(tokenizer),
+        attention="bidirectional" if masked else "prefix" if args.objective in DENOISERS else "causal",
+        max_position_embeddings=4 * args.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(args.seed)
+    return (LifecycleForMaskedLM if masked else LifecycleForCausalLM)(config)
 
 
 def peak_flops(device: torch.device) -> float | None:
