@@ -11,6 +11,7 @@ except PackageNotFoundError:  # a clone on the path that was never installed
     __version__ = "0.0.0"
 
 _HOMES = {
+    "alignment_tax.projection": ("OrthogonalProjection",),
     "alignment_tax.report": ("TaxReport",),
     "models.lifecycle": (
         "LifecycleConfig",
@@ -34,6 +35,7 @@ _HOMES = {
         "PreferenceTrainer",
     ),
     "trainers.preference_config": ("KTOConfig", "PreferenceConfig"),
+    "trainers.mitigations": ("ProjectionCallback",),
     "trainers.ppo": ("PPOTrainer",),
     "trainers.ppo_config": ("PPOConfig",),
     "trainers.pretraining": ("PretrainingConfig", "PretrainingTrainer"),

@@ -65,12 +65,13 @@ def inner_products(rows: list[torch.Tensor | None], origin: torch.Tensor | None 
     """[m, m]: the products of m tensors of one shape, exact to float64; None is 0, `origin` is taken off the last."""
     last = rows[-1]
     accurate = torch.float32 if last.device.type == "mps" else torch.float64
-    chunk = 2**14 if last.device.type == "cpu" else 2**22  # what fits a core's cache; few launches
+    chunk = 2**15 if last.device.type == "cpu" else 2**22  # what fits a core's cache; few launches
     flat = [None if row is None else row.reshape(-1) for row in rows]
     products = torch.zeros(len(rows), len(rows), dtype=accurate, device=last.device)
+    scratch = torch.zeros(len(rows), min(chunk, last.numel()), dtype=accurate, device=last.device)
     for start in range(0, last.numel(), chunk):
         part = slice(start, start + chunk)
-        block = torch.zeros(len(rows), flat[-1][part].numel(), dtype=accurate, device=last.device)
+        block = scratch[:, : last.numel() - start]
         for row, values in zip(block, flat):
             if values is not None:
                 row.copy_(values[part])
@@ -125,7 +126,8 @@ class OrthogonalProjection:
     (a projected gradient is never longer) and after a GradScaler's unscaling; a skipped step has none. In several
     processes (DDP, FSDP2) each gives its own capability batch, and all use the mean of their gradients.
 
-    Memory: one gradient-sized buffer per direction, and at the update level one more, θ before the step.
+    Memory: one gradient-sized buffer per direction, and at the update level one more, θ before the step; fresh
+    directions of every step are gone after it.
 
     Args:
         model: the module whose parameters are protected, without DDP's wrapper; under FSDP2 the sharded module.
@@ -242,6 +244,8 @@ class OrthogonalProjection:
 
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
+        if any(callable(given) for given in (*args[1:], *kwargs.values())):
+            raise ValueError("OrthogonalProjection: a closure computes gradients too late; do so before step().")
         self.step += 1
         if (self.step - 1) % self.every == 0 or not self._directions:
             self._refresh()
@@ -250,14 +254,14 @@ class OrthogonalProjection:
         if self.level == "update":
             self._before = {name: local(p).clone() for name, p in moving.items()}
             return
-        if any(callable(given) for given in (*args[1:], *kwargs.values())):
-            raise ValueError("OrthogonalProjection: a closure computes its gradients too late; use level='update'.")
         self._project({name: (local(p.grad), None) for name, p in moving.items()})
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
         before, self._before = self._before, {}
         self._project({name: (local(self._parameters[name]), old) for name, old in before.items()})
+        if self.refresh == "fresh" and self.every == 1:
+            self._directions.clear()  # the next step has its own: neither its memory nor a checkpoint needs these
 
     def _refresh(self) -> None:
         if self.refresh == "fresh":
