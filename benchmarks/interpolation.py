@@ -5,8 +5,8 @@
     python benchmarks/interpolation.py --dtypes BF16 --rounds 20
 
 The sides take turns in one process, and the order changes with every round; what they write is deleted in between.
-Wall and CPU seconds; ratios are of wall seconds to `shutil.copyfile`, medians over rounds with the smallest and
-largest. Memory is the peak of a process of its own that interpolates once, above what it had before.
+Wall and CPU seconds; ratios to `shutil.copyfile` are medians over rounds with the smallest and largest. Memory is the
+peak of a process of its own that interpolates once, above what it had before.
 """
 
 import argparse
@@ -109,13 +109,15 @@ def main() -> None:
     for name in args.dtypes:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             found[name] = result = measure(Path(folder), name, args.rounds)
-        copy, ours = ([wall for wall, _ in result[side]] for side in ("copy", "interpolate"))
-        ratios = [b / a for a, b in zip(copy, ours, strict=True)]
-        cpu = median(cpu for _, cpu in result["interpolate"])
-        row = [name, result["MiB"], median(copy), median(ours), cpu, median(ratios), min(ratios), max(ratios)]
+        row = [name, result["MiB"]]
+        for clock in (0, 1):
+            copy, ours = ([times[clock] for times in result[side]] for side in ("copy", "interpolate"))
+            ratios = [b / a for a, b in zip(copy, ours, strict=True)]
+            row += [median(copy), median(ours), median(ratios), min(ratios), max(ratios)]
         table.append([*row, result["peak"] - result["before"], result["before"]])
-    header = "dtype | MiB | copy, s | interpolate, s | its CPU s | ratio (min–max) | MiB above | floor, MiB"
-    pattern = "{} | {:.0f} | {:.3f} | {:.3f} | {:.3f} | {:.2f} ({:.2f}–{:.2f}) | {:.1f} | {:.0f}"
+    sides = " | ".join(f"copy, {clock} s | interpolate | ratio (min–max)" for clock in ("wall", "CPU"))
+    header = f"dtype | MiB | {sides} | MiB above | floor, MiB"
+    pattern = "{} | {:.0f}" + 2 * " | {:.3f} | {:.3f} | {:.2f} ({:.2f}–{:.2f})" + " | {:.1f} | {:.0f}"
     show("Interpolation of two checkpoints against the copy of one", header, pattern, table)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(found, indent=1))

@@ -78,8 +78,13 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def pieces(entry: Stored) -> Iterator[torch.Tensor]:
-    """The bytes of a tensor, [PIECE × bytes of an entry] at a time, each in the place of the one before.
+def piece_buffers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for two tensors to be read side by side by [`pieces`], to be used for one after the other."""
+    return tuple(torch.empty(2, PIECE * torch.float64.itemsize, dtype=torch.uint8))
+
+
+def pieces(entry: Stored, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The bytes of a tensor, PIECE entries at a time, each in the place of the one before in `buffer`.
 
     They are read, not mapped: pages of a mapped file count as the process's memory for as long as it is open.
 
@@ -87,7 +92,6 @@ def pieces(entry: Stored) -> Iterator[torch.Tensor]:
         ValueError: the file ended early.
     """
     step = PIECE * ((entry.end - entry.start) // max(math.prod(entry.shape), 1))
-    buffer = torch.empty(step, dtype=torch.uint8)
     with entry.path.open("rb", buffering=0) as file:
         for at in range(entry.start, entry.end, step or 1):
             piece = buffer[: min(step, entry.end - at)]
@@ -98,9 +102,9 @@ def pieces(entry: Stored) -> Iterator[torch.Tensor]:
 
 def find_twin(name: str, tensors: dict[str, Stored], names: Iterable[str]) -> str | None:
     """The matrix among `names` that `name` is a bitwise copy of, as a tied weight is that was written twice."""
-    entry = tensors[name]
+    entry, (mine, its) = tensors[name], piece_buffers()
     for other in (n for n in sorted(names) if tensors[n][1:3] == entry[1:3] and len(entry.shape) > 1):
-        if all(map(torch.equal, pieces(entry), pieces(tensors[other]))):
+        if all(map(torch.equal, pieces(entry, mine), pieces(tensors[other], its))):
             return other
     return None
 

@@ -21,6 +21,7 @@ from lifecycle_hf.alignment_tax.checkpoints import (
     Stored,
     checkpoint_folder,
     find_twin,
+    piece_buffers,
     pieces,
     read_checkpoint,
     write_like,
@@ -72,10 +73,11 @@ def interpolate(base: str | Path | None, aligned: str | Path, alpha: Alpha, outp
     ratios = _ratios(alpha, {name: _plain(twin) for name, (twin, _) in pairs.items()})
     staging = output.with_name(f"_tmp-{output.name}-{os.getpid()}")
     staging.mkdir(parents=True)
+    buffers = piece_buffers()
     try:
         for path in sorted({entry.path for entry in own.values()}):
             names = [name for name, entry in own.items() if entry.path == path]
-            blended = {own[name]: _blend(pairs[name][1], own[name], ratios[name]) for name in names}
+            blended = {own[name]: _blend(pairs[name][1], own[name], ratios[name], buffers) for name in names}
             write_like(staging / path.name, path, blended)
         for path in (path for pattern in COMPANIONS for path in theirs.glob(pattern)):
             if path.name != "trainer_state.json":
@@ -313,17 +315,18 @@ def _ratios(alpha: Alpha, names: dict[str, str]) -> dict[str, float]:
     return ratios
 
 
-def _blend(other: Stored | None, entry: Stored, ratio: float) -> Iterator[torch.Tensor]:
+def _blend(other: Stored | None, entry: Stored, ratio: float, buffers: tuple) -> Iterator[torch.Tensor]:
     """Bytes of (1 − ratio)·other + ratio·entry, or of `entry` where they are one; `other` may be None for 0."""
     same = {0: other, 1: entry}.get(entry is other or ratio)
     if same is not None and same.dtype == entry.dtype:
-        yield from pieces(same)
+        yield from pieces(same, buffers[0])
         return
     dtypes = [FLOATS[stored.dtype] for stored in (entry, other or entry)]
-    wide = reduce(torch.promote_types, dtypes, torch.float32)
-    for high, low in zip(pieces(entry), pieces(other) if other else repeat(None)):
+    # Of two tensors of one dtype torch makes each entry in fp32 at least, and rounds it once.
+    wide = dtypes[0] if dtypes[0] == dtypes[1] else reduce(torch.promote_types, dtypes, torch.float32)
+    for high, low in zip(pieces(entry, buffers[0]), pieces(other, buffers[1]) if other else repeat(None)):
         high = high.view(dtypes[0]).to(wide)
-        mixed = high * ratio if low is None else torch.lerp(low.view(dtypes[1]).to(wide), high, ratio)
+        mixed = high.mul_(ratio) if low is None else low.view(dtypes[1]).to(wide).lerp_(high, ratio)
         yield mixed.to(dtypes[0]).view(torch.uint8)
 
 
