@@ -168,25 +168,28 @@ def search_layer_ratios(
                 trials[ratios] = measure(str(interpolate(base, aligned, layer_groups(names, ratios), f"{folder}/it")))
         return trials[ratios] if higher_is_better else -trials[ratios]
 
-    if hold_mean:
-        moves = [(up, down) for up, down in permutations(range(groups), 2)]
-    else:
-        moves = [move for group in range(groups) for move in ((group, None), (None, group))]
-    best = (alpha,) * groups
+    best = _climb(value, (alpha,) * groups, hold_mean, step, min_step)
+    found = layer_groups(names, best)
+    interpolate(base, aligned, found, output)
+    rows = [{"ratios": list(ratios), "metric": metric} for ratios, metric in trials.items()]
+    return {"alpha": found, "ratios": list(best), "metric": trials[best], "trials": rows}
+
+
+def _climb(value: Callable, best: tuple[float, ...], hold_mean: bool, step: float, min_step: float) -> tuple:
+    """Where no move of `min_step` within [0, 1] raises `value`, from `best` on."""
+    groups = range(len(best))
+    one_way = [move for group in groups for move in ((group, None), (None, group))]
+    moves = list(permutations(groups, 2)) if hold_mean else one_way
     value(best)
     while step >= min_step:
         for up, down in moves:
-            signs = [(k == up) - (k == down) for k in range(groups)]
-            moved = tuple(round(ratio + sign * step, 6) for ratio, sign in zip(best, signs, strict=True))
+            moved = tuple(round(ratio + step * ((k == up) - (k == down)), 6) for k, ratio in enumerate(best))
             if all(0 <= ratio <= 1 for ratio in moved) and value(moved) > value(best):
                 best = moved
                 break
         else:
             step /= 2
-    found = layer_groups(names, best)
-    interpolate(base, aligned, found, output)
-    rows = [{"ratios": list(ratios), "metric": metric} for ratios, metric in trials.items()]
-    return {"alpha": found, "ratios": list(best), "metric": trials[best], "trials": rows}
+    return best
 
 
 def layer_groups(names: Iterable[str], ratios: tuple[float, ...]) -> dict[str, float]:
