@@ -227,6 +227,18 @@ def load_splits(script_args, stage) -> tuple[Dataset, Dataset | None]:
     return parts["train"], parts["test"]
 
 
+def load_test(name, stage) -> Dataset:
+    """The split `test` of what `dataset_name` can be, or the only split: all rows of data that are there to measure.
+
+    Raises:
+        ValueError: nothing found under the name, or several splits and none is `test`.
+    """
+    splits = _load(name, None, stage)
+    if "test" not in splits and len(splits) > 1:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, none is named test: give the one to measure on.")
+    return splits["test"] if "test" in splits else next(iter(splits.values()))
+
+
 def _load(name, config, stage):
     if name == "toyworld":
         from lifecycle_hf import toyworld

@@ -54,13 +54,13 @@ class Evaluation:
     """Metrics of checkpoints, on the same items for all of them.
 
     Args:
-        capability: each KIND:DATA[:COLUMN], with data as `cli.load_splits` finds it, held-out part:
+        capability: each KIND:DATA[:COLUMN], with data as `cli.load_test` finds it, that no model has trained on:
             `perplexity:DATA[:COLUMN]` (column text), `multiple_choice:DATA` (columns question, choices, answer: an
             index or one of the choices), `exact_match:DATA[:COLUMN]` (columns question and answer; the last number of
             either is compared where the reference has one), `lm_eval:TASK` (a name or YAML file), or `toyworld`.
         alignment: reward models and MODULE:FUNCTION rewards of sampled completions, `diversity`, and `drift`.
         prompts: data whose prompts are answered for `alignment`.
-        rows: rows of each held-out part, and documents of each lm_eval task.
+        rows: the first rows of each data set, and documents of each lm_eval task.
         max_new_tokens, temperature, seed: of sampling; answers of exact_match are decoded greedily.
 
     Raises:
@@ -145,11 +145,10 @@ class Evaluation:
             result.add(name, value, higher[name])
 
     def _rows(self, spec, column, stage) -> tuple[str, str, Dataset]:
-        """(short name, column, rows) of DATA[:COLUMN]; the held-out part, or all of a file that has but one row."""
+        """(short name, column, rows) of DATA[:COLUMN]."""
         data, _, named = spec.partition(":")
         column = named or column
-        train, test = cli.load_splits(cli.RecipeArguments(dataset_name=data), stage)
-        rows = cli.held_out(train if test is None else test, self.rows)
+        rows = cli.held_out(cli.load_test(data, stage), self.rows)
         if column not in rows.column_names:
             raise ValueError(f"capability: {data} has no column {column!r}; it has {rows.column_names}.")
         return Path(data).name.split(".")[0], column, rows
@@ -169,8 +168,7 @@ class Evaluation:
 
     @cached_property
     def _data(self) -> Dataset:
-        train, test = cli.load_splits(cli.RecipeArguments(dataset_name=self.prompts), "ppo")
-        return to_prompts(cli.held_out(train if test is None else test, self.rows), "prompts")
+        return to_prompts(cli.held_out(cli.load_test(self.prompts, "ppo"), self.rows), "prompts")
 
     @cached_property
     def _rewards(self) -> dict:

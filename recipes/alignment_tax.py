@@ -32,7 +32,7 @@ def parse(argv=None):
         "--alignment", nargs="+", metavar="REWARD", help="reward models, MODULE:FUNCTION, `diversity`, `drift`"
     )
     parser.add_argument("--prompts", help="data whose prompts are answered for --alignment")
-    parser.add_argument("--rows", type=int, default=128, help="held-out rows per metric (128)")
+    parser.add_argument("--rows", type=int, default=128, help="first rows of the data of each metric (128)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="of an answer (64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the answers for --alignment (1)")
     parser.add_argument("--batch_size", type=int, default=8)

@@ -39,11 +39,10 @@ def world(tiny_llama, tmp_path, monkeypatch):
     with torch.no_grad():
         model.model.norm.weight *= 0.5
     model.save_pretrained("aligned"), tokenizer.save_pretrained("aligned")
-    # Twenty rows are held out for one in each file.
-    write_rows(tmp_path / "texts.jsonl", [{"words": text} for text in TEXTS * 20])
-    write_rows(tmp_path / "questions.jsonl", QUESTIONS * 20)
-    write_rows(tmp_path / "sums.jsonl", [{"question": "2 + 2 =", "answer": "It is #### 4"}] * 40)
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text[:9]} for text in TEXTS * 20])
+    write_rows(tmp_path / "texts.jsonl", [{"words": text} for text in TEXTS])
+    write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    write_rows(tmp_path / "sums.jsonl", [{"question": "2 + 2 =", "answer": "It is #### 4"}] * 2)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text[:9]} for text in TEXTS])
     (tmp_path / "tiny_rewards.py").write_text(REWARD)
     return tmp_path
 
@@ -57,10 +56,10 @@ def test_a_full_model_and_an_adapter_against_their_base(world):
     reports = measure_tax(evaluation, "base", ["aligned", str(world / "adapter")], "tax")
     assert list(reports) == ["aligned", "adapter"]
     rows = {row["metric"]: row for row in reports["adapter"].rows()}
-    texts, tokenizer = evaluation._rows("texts.jsonl:words", "text", "ptx")[2]["words"], load_tokenizer("base")
+    tokenizer = load_tokenizer("base")
     for name, end in (("base", "before"), ("adapter", "after")):
         assert rows["perplexity texts"][end] == pytest.approx(
-            perplexity(load_causal_lm(name), tokenizer, texts), rel=1e-6
+            perplexity(load_causal_lm(name), tokenizer, TEXTS), rel=1e-6
         )
     assert rows["KL (nats per sequence)"]["before"] == 0 < rows["KL (nats per sequence)"]["after"]
     assert {name for name, row in rows.items() if "interval" not in row} == {"distinct-1", "distinct-2"}
@@ -69,11 +68,8 @@ def test_a_full_model_and_an_adapter_against_their_base(world):
     assert written["models"]["adapter"] == reports["adapter"].to_json()
     assert written["pareto"]["axes"] == {"alignment": "shortness", "capability": "−perplexity texts"}
     assert reports["aligned"].to_markdown() in Path("tax/report.md").read_text()
-    pictures = {path.name for path in Path("tax").glob("*.png")}
-    assert pictures == {
-        "pareto.png",
-        *(f"reliability_{name}_questions.png" for name in ("base", "aligned", "adapter")),
-    }
+    reliability = {f"reliability_{name}_questions.png" for name in ("base", "aligned", "adapter")}
+    assert {path.name for path in Path("tax").glob("*.png")} == {"pareto.png", *reliability}
 
 
 def test_a_model_against_itself_has_no_tax(world):
