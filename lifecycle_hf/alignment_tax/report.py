@@ -73,7 +73,7 @@ class TaxReport:
         return {"interval": [low, high], "verdict": verdict}
 
     def _headings(self):
-        interval = [f"{100 * self.level:g} % interval of the tax", "verdict"]
+        interval = [f"tax, {100 * self.level:g} % interval", "verdict"]
         return ["before", "after", "tax", "tax / before"] + interval * any("verdict" in row for row in self.rows())
 
     def to_json(self) -> dict:
@@ -106,7 +106,7 @@ class TaxReport:
             cells[3] = f"[{style}]{cells[3]}[/]" if style else cells[3]
             table.add_row(*cells)
         text = StringIO()
-        Console(file=text, force_terminal=sys.stdout.isatty(), width=width or 110).print(table)
+        Console(file=text, force_terminal=sys.stdout.isatty(), width=width or 118).print(table)
         return text.getvalue().rstrip()
 
 

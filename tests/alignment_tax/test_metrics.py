@@ -146,3 +146,21 @@ def test_sampled_estimators_agree_with_the_exact_kl():
         error = (kl[estimator].columns[:, 0] - kl["exact"].columns[:, 0]).std() / 2000**0.5
         assert abs(kl[estimator] - kl["exact"]) < 4 * error
     assert kl["exact"].columns[:, 0].std() < kl["k1"].columns[:, 0].std()
+
+
+def test_a_prompt_is_the_prefix_of_a_model_with_prefix_attention(tiny_llama):
+    """Against the log-probs that training takes, by the home of scoring."""
+    from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM
+    from lifecycle_hf.scoring import Completions, completion_logprobs
+
+    _, tokenizer = tiny_llama
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LifecycleConfig(vocab_size=len(tokenizer), attention="prefix", initializer_range=0.3, **sizes)
+    model = LifecycleForCausalLM(config).eval()
+    question, choices = "Two and three make", ["five", "a small red fox"]
+    got = multiple_choice(model, tokenizer, [question], [choices], [0]).probabilities[0]
+    prompt = tokenizer(question)["input_ids"]
+    answers = [tokenizer(f" {choice}")["input_ids"] for choice in choices]
+    with torch.no_grad():
+        logprobs = completion_logprobs(model, Completions.from_lists([prompt] * 2, answers, 0)).logprobs.sum(1)
+    assert got.tolist() == pytest.approx(logprobs.softmax(0).tolist(), rel=1e-4)

@@ -75,7 +75,7 @@ def test_items_give_an_interval_and_a_verdict():
         bootstrap_interval(before["same"], after["same"])
     )
     lines = report.to_markdown().splitlines()
-    assert lines[0].endswith("| tax / before | 95 % interval of the tax | verdict |") and lines[1].count("|") == 8
+    assert lines[0].endswith("| tax / before | tax, 95 % interval | verdict |") and lines[1].count("|") == 8
     assert lines[3] == "| perplexity ↓ | 7.389 | 8.166 | +0.777 | +10.5 % | +0.777 to +0.777 | loss |"
     assert lines[4].endswith("| not distinguishable from zero |") and lines[5].endswith("|  |  |  |")
     assert "+0.777 to +0.777" in report.to_terminal() and json.dumps(rows)
