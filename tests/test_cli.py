@@ -230,3 +230,10 @@ def test_resume_without_a_path_takes_the_last_checkpoint(tmp_path, capsys):
     assert point("--resume_from_checkpoint", other) == other
     with pytest.raises(ValueError, match="checkpoint-8 is no checkpoint. The last one is .*checkpoint-10"):
         point("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-8"))
+
+
+def test_over_optimisation_is_drawn_where_kl_and_both_rewards_were_measured(tmp_path):
+    row = {"tax/kl": 1.0, "tax/proxy_reward": 0.5, "tax/gold_reward": 0.25}
+    cli._plot_overoptimization([row, row, {"loss": 1.0}, {"tax/kl": 2.0}], tmp_path / "none.png")
+    cli._plot_overoptimization([row, {"loss": 1.0}, row | {"tax/kl": 4.0}, row], tmp_path / "some.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["some.png"]
