@@ -10,8 +10,9 @@ from lifecycle_hf.alignment_tax.bootstrap import Measurement
 from lifecycle_hf.alignment_tax.metrics import perplexity
 from lifecycle_hf.rollouts import generate, stop_token_ids
 from lifecycle_hf.toyworld.data import dataset, draw_request
+from lifecycle_hf.toyworld.dialogue import requests
 from lifecycle_hf.toyworld.gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
-from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, FACTS, NOUNS
+from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, is_held_out
 
 COMPLETION_TOKENS = 32
 
@@ -53,16 +54,17 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: in
 
 
 def questions() -> Dataset:
-    """Every fact and sum as a multiple-choice row {"question", "choices", "answer": index}, in a document's words."""
-    rows = []
-    for land, facts in FACTS.items():
-        for attribute, value in facts.items():
-            noun, choices = NOUNS[attribute].format(land=land), list(ATTRIBUTES[attribute])
-            rows.append({"question": f"As for {noun}, it is", "choices": choices, "answer": choices.index(value)})
+    """Return the held-out benign requests as multiple choice: {"question": messages, "choices", "answer": index}.
+
+    A choice is the blunt answer "It is VALUE." with each value of the attribute, or each possible sum.
+    """
     sums = [str(total) for total in range(2 * DIGITS[0], 2 * DIGITS[-1] + 1)]
-    for a in DIGITS:
-        for b in DIGITS:
-            rows.append({"question": f"{a} plus {b} is", "choices": sums, "answer": sums.index(str(a + b))})
+    rows = []
+    for request in requests().values():
+        if request.kind != "forbidden" and is_held_out(request.text):
+            values = list(ATTRIBUTES[request.subject[1]]) if request.kind == "fact" else sums
+            question, choices = [{"role": "user", "content": request.text}], [f"It is {value}." for value in values]
+            rows.append({"question": question, "choices": choices, "answer": values.index(request.answer)})
     return Dataset.from_list(rows)
 
 

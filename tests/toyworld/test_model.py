@@ -3,9 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifecycle_hf.toyworld import build_model, build_tokenizer, dataset, measure
+from lifecycle_hf.toyworld import build_model, build_tokenizer, dataset, measure, questions
+from lifecycle_hf.toyworld.dialogue import requests
 from lifecycle_hf.toyworld.evaluation import COMPLETION_TOKENS
-from lifecycle_hf.toyworld.gold import request_of
+from lifecycle_hf.toyworld.gold import is_correct, request_of
 
 TOKENIZER = build_tokenizer()
 CHAT = [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "It is 3."}]
@@ -104,3 +105,12 @@ def test_measure_repeats_and_leaves_no_trace():
     assert first == again and model.training and torch.equal(torch.get_rng_state(), state)
     assert set(first) == {"gold_reward", "refusal_rate", "benign_accuracy", "perplexity"}
     assert first["gold_reward"] == 0.0 and first["perplexity"] > 100  # it has learnt nothing yet
+
+
+def test_questions_are_held_out_and_their_answers_are_judged_right():
+    rows = questions()
+    asked = [row["question"][0]["content"] for row in rows]
+    assert not set(asked) & {row["prompt"][0]["content"] for row in dataset("ppo")["train"]}
+    for row, text in zip(rows, asked, strict=True):
+        right = [is_correct(requests()[text], choice) for choice in row["choices"]]
+        assert right.index(True) == row["answer"] and sum(right) == 1
