@@ -245,12 +245,12 @@ def test_runs_are_kept_and_of_one_kind(tmp_path):
     rows = [
         {"parameters": n, "tokens": 2e9, "loss": 3.0, "settings": {"seed": 0, "rate": 1e-3}} for n in (100000000, 2e8)
     ]
-    assert load_runs(path, {"seed": 0}) == []
-    save_runs(path, rows[:1]), save_runs(path, rows)
-    assert load_runs(path, {"seed": 0, "rate": 1e-3}) == rows and list(tmp_path.iterdir()) == [path]
+    assert load_runs(tmp_path, {"seed": 0}) == []
+    save_runs(tmp_path, rows[:1]), save_runs(tmp_path, rows)
+    assert load_runs(tmp_path, {"seed": 0, "rate": 1e-3}) == rows and list(tmp_path.iterdir()) == [path]
     np.testing.assert_array_equal(read_points(path), [[1e8, 2e8], [2e9, 2e9], [3, 3]])
     with pytest.raises(ValueError, match=r"points.jsonl has runs of rate=0.001, not 0.002: give another output_dir"):
-        load_runs(path, {"rate": 2e-3})
+        load_runs(tmp_path, {"rate": 2e-3})
 
 
 def test_report(fitted):

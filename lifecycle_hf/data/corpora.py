@@ -77,7 +77,7 @@ def encode_corpus(
     Raises:
         ValueError: no row, or neither "input_ids" nor the column `field`.
     """
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    if dataset is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"{where} is an empty corpus: it has no document.")
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if "input_ids" in columns:

@@ -1,12 +1,9 @@
 """Fit a scaling law to runs of one's own, and print the best use of compute."""
 
 import argparse
-import json
-from pathlib import Path
 
 from lifecycle_hf.scaling.fit import fit_scaling_law
-from lifecycle_hf.scaling.picture import budgets_of, draw_isoflop, merged
-from lifecycle_hf.scaling.points import read_points
+from lifecycle_hf.scaling.points import read_points, tell
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,12 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         points = read_points(options.points)
         law = fit_scaling_law(*points, bootstrap=options.bootstrap, seed=options.seed)
-        own = budgets_of(6 * points[0] * points[1])
-        print(law.summary(options.budget or own, markdown=options.markdown))
-        if options.picture:
-            draw_isoflop(law, points, merged(own, options.budget or []), options.picture)
-        if options.json:
-            Path(options.json).write_text(json.dumps(law.to_json()) + "\n")
+        tell(law, points, options.budget, options.picture, options.json, markdown=options.markdown)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

@@ -1,4 +1,4 @@
-"""Runs that were trained, as rows of a file."""
+"""Runs that were trained, as rows of a file, and what their law says."""
 
 import csv
 import json
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lifecycle_hf.scaling.law import COLUMNS
+from lifecycle_hf.scaling.law import COLUMNS, ScalingLaw
+from lifecycle_hf.scaling.picture import budgets_of, draw_isoflop, merged
 
 
 def read_points(path) -> np.ndarray:
@@ -29,13 +30,13 @@ def read_points(path) -> np.ndarray:
     return np.array(points).reshape(-1, 3).T
 
 
-def load_runs(path, settings: dict) -> list[dict]:
-    """The rows of a file that `save_runs` wrote, none where there is no file.
+def load_runs(folder, settings: dict) -> list[dict]:
+    """The rows of points.jsonl in `folder`, which `save_runs` wrote; none where there is no such file.
 
     Raises:
         ValueError: a row with other `settings`, whose loss can't be compared.
     """
-    path = Path(path)
+    path = Path(folder) / "points.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for row in rows:
         for name, value in settings.items():
@@ -45,8 +46,25 @@ def load_runs(path, settings: dict) -> list[dict]:
     return rows
 
 
-def save_runs(path, rows: list[dict]) -> None:
-    """Write rows as .jsonl, whole or not at all."""
-    part = Path(path).with_suffix(".part")
+def save_runs(folder, rows: list[dict]) -> None:
+    """Write points.jsonl in `folder`, whole or not at all."""
+    part = Path(folder) / "points.jsonl.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)
+    part.replace(part.with_suffix(""))
+
+
+def tell(law: ScalingLaw, points, budgets=None, picture=None, kept=None, *, markdown: bool = False) -> dict:
+    """Print the law with the best use of `budgets` (by default those of the runs), and return this for JSON.
+
+    Args:
+        points: [3, runs], those of `read_points`.
+        picture, kept: files to draw to and to keep the law in.
+    """
+    own = budgets_of(6 * points[0] * points[1])
+    print(law.summary(budgets or own, markdown=markdown))
+    if picture:
+        draw_isoflop(law, points, merged(own, budgets or []), picture)
+    if kept:
+        Path(kept).write_text(json.dumps(law.to_json()) + "\n")
+    return law.report(budgets or own)
