@@ -2,9 +2,9 @@
 
 The embedded default, 10 to 250 thousand parameters on the bytes of Python's own documentation, minutes on a CPU:
     python recipes/scaling_law.py
-Your own text, sizes and budgets; the same command again goes on after the last run that was finished:
-    accelerate launch recipes/scaling_law.py --dataset_name corpus/ --vocab_size 8192 --hidden_sizes 256 384 512 768 \
-        --ladder_budgets 1e15 3e15 1e16 --budget 1e18 --output_dir output/mine
+Your own text and sizes; the same command again goes on after the last run that was finished:
+    accelerate launch recipes/scaling_law.py --dataset_name corpus/ --vocab_size 8192 --output_dir output/mine \
+        --hidden_sizes 256 384 512 768 --ladder_budgets 1e15 3e15 1e16 --budget 1e18
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from lifecycle_hf.data.corpora import encode_corpus, train_tokenizer
 from lifecycle_hf.models.loading import load_tokenizer
 from lifecycle_hf.scaling import fit_scaling_law, plan_ladder
 from lifecycle_hf.scaling.fit import FEWEST
-from lifecycle_hf.scaling.law import short_count, short_flops
+from lifecycle_hf.scaling.law import COLUMNS, short_count, short_flops
 from lifecycle_hf.scaling.points import load_runs, read_points, save_runs, tell
 from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model, row_plan
 from lifecycle_hf.trainers.stage import own_copy
@@ -34,12 +34,10 @@ class ScalingArguments(cli.RecipeArguments):
 
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; by default a new one."})
     vocab_size: int = field(default=258, metadata={"help": "Tokens of a new tokenizer; 258 are the bytes alone."})
-    hidden_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Widths of the models, multiples of 16, the size of a head."}
-    )
-    ladder_budgets: list[float] | None = field(default=None, metadata={"help": "FLOPs 6·N·D of the runs to train."})
+    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths of the models, in heads of 16."})
+    ladder_budgets: list[float] = field(default_factory=list, metadata={"help": "FLOPs 6·N·D of the runs to train."})
     max_epochs: float = field(default=3, metadata={"help": "Leave out runs that read the corpus more often."})
-    budget: list[float] | None = field(default=None, metadata={"help": "FLOPs to spend best, told beside the others."})
+    budget: list[float] | None = field(default=None, metadata={"help": "FLOPs to spend best; else the ladder's."})
     bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
 
 
@@ -60,11 +58,11 @@ def plan(script_args, args, tokenizer, corpus_tokens):
     return [{"parameters": n, "tokens": s * per_step, "hidden_size": w, "steps": s} for n, w, s in runs]
 
 
-def train(run, args, tokenizer, datasets):
+def train(run, args, tokenizer, data):
     """Held-out loss of a run, which goes on from its last checkpoint if it made any."""
     folder = Path(args.output_dir) / f"width{run['hidden_size']}-steps{run['steps']}"
     args = own_copy(args, output_dir=str(folder), max_steps=run["steps"])
-    trainer = PretrainingTrainer(model_of(run["hidden_size"], args, tokenizer), args, *datasets, tokenizer)
+    trainer = PretrainingTrainer(model_of(run["hidden_size"], args, tokenizer), args, *data, tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     return trainer.evaluate()["eval_loss"]
@@ -75,25 +73,24 @@ def main(script_args, args):
     text, name, folder = args.dataset_text_field, script_args.tokenizer_name, Path(args.output_dir)
     tokenizer = load_tokenizer(name) if name else train_tokenizer(splits[0][text], script_args.vocab_size)
     row_plan(args, tokenizer, seq2seq=False)  # adds the objective's tokens, whose embeddings count
-    names = ("train_dataset", "eval_dataset")
-    datasets = [encode_corpus(split, tokenizer, field=text, where=where) for split, where in zip(splits, names)]
+    data = [encode_corpus(rows, tokenizer, field=text, where=script_args.dataset_name) for rows in splits]
     settings = {key: getattr(script_args, key) for key in OF_TEXT} | {key: getattr(args, key) for key in OF_TRAINING}
-    settings["corpus_tokens"] = sum(map(len, datasets[0]["input_ids"]))
+    settings["corpus_tokens"] = sum(map(len, data[0]["input_ids"]))
     runs, rows = plan(script_args, args, tokenizer, settings["corpus_tokens"]), load_runs(folder, settings)
     for run in rows + [run for run in runs if not any(run.items() <= row.items() for row in rows)]:
         if "loss" not in run:
-            run |= {"loss": train(run, args, tokenizer, datasets), "settings": settings}
+            run |= {"loss": train(run, args, tokenizer, data), "settings": settings}
             rows.append(run)
+        n, d, loss = (run[column] for column in COLUMNS)
         if args.should_save:
             save_runs(folder, rows)
-            n, d = run["parameters"], run["tokens"]
-            told = f"{short_count(n)} parameters, {short_count(d)} tokens ({d / n:.3g} each), {short_flops(6 * n * d)}"
-            print(f"{told} FLOPs: loss {run['loss']:.4f}", flush=True)
+            sizes = f"{short_count(n)} parameters, {short_count(d)} tokens ({d / n:.3g} each)"
+            print(f"{sizes}, {short_flops(6 * n * d)} FLOPs: loss {loss:.4f}", flush=True)
     if args.should_save:
         points = read_points(folder / "points.jsonl")
         law = fit_scaling_law(*points, bootstrap=script_args.bootstrap)
-        report = tell(law, points, script_args.budget, folder / "isoflop.png", folder / "law.json")
-        cli.write_report(report | {"runs": rows}, folder)
+        told = tell(law, points, script_args.budget, folder / "isoflop.png", folder / "law.json")
+        cli.write_report(told | {"runs": rows}, folder)
         print(f"isoflop.png, points.jsonl, law.json and report.json are in {folder}")
 
 
