@@ -1,4 +1,4 @@
-"""Pretraining from text by any objective: causal, masked, prefix, span_corruption, ul2.
+r"""Pretraining from text by any objective: causal, masked, prefix, span_corruption, ul2.
 
 The embedded default, UL2 on Python's own documentation, a few minutes on a CPU:
     python recipes/pretrain.py

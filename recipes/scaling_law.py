@@ -1,4 +1,4 @@
-"""Trains a ladder of sizes and token counts, fits Chinchilla's law to the losses, tells the best use of a budget.
+r"""Trains a ladder of sizes and token counts, fits Chinchilla's law to the losses, tells the best use of a budget.
 
 The embedded default, 10 to 250 thousand parameters on the bytes of Python's own documentation, minutes on a CPU:
     python recipes/scaling_law.py
