@@ -27,7 +27,7 @@ COLUMNS = (
     {"models"},
     {"scoring", "rollouts", "rewards", "memory", "scaling"},
     {"trainers"},
-    {"toyworld", "cli"},
+    {"toyworld", "parsing", "cli"},
     {"evaluation"},
     {"recipes"},
 )
