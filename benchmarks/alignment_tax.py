@@ -26,7 +26,14 @@ from measuring import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = {
-    "ppo": {"kl_control": "fixed", "kl_coef": 0.1, "ptx_coef": 0, "log_completions": False, "measure_updates": 0},
+    "ppo": {
+        "kl_control": "fixed",
+        "kl_coef": 0.1,
+        "ptx_coef": 0,
+        "log_completions": False,
+        "measure_updates": 0,
+        "max_steps": 160,
+    },
     "dpo": {"measure_rows": 32},
 }
 TEXTS = {"ptx_dataset_name": "toyworld", "ptx_batch_size": 32, "ptx_max_length": 64}
@@ -35,7 +42,7 @@ SETTINGS = {
     "ppo": {
         "plain": {"measure_updates": 3},
         "PTX": {"ptx_coef": 0.5},
-        "EWC": {"ewc_coef": 100},
+        "EWC": {"ewc_coef": 0.1},
         "projection, gradient": {"projection": "gradient"},
         "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
         "projection, update": {"projection": "update"},
@@ -44,13 +51,13 @@ SETTINGS = {
         "exponential KL": {"kl_control": "exponential", "kl_coef": 0.05, "kl_rate": 0.3, "kl_coef_max": 2.0},
         "KL budget": {"kl_control": "budget", "kl_budget": 8.0, "kl_rate": 0.05},
         "PTX + adaptive KL": ADAPTIVE | {"ptx_coef": 0.5},
-        "EWC + adaptive KL": ADAPTIVE | {"ewc_coef": 100},
+        "EWC + adaptive KL": ADAPTIVE | {"ewc_coef": 0.1},
         "projection, update + adaptive KL": ADAPTIVE | {"projection": "update"},
     },
     "dpo": {
         "plain": {},
         "PTX": {"ptx_coef": 0.5},
-        "EWC": {"ewc_coef": 100},
+        "EWC": {"ewc_coef": 0.1},
         "projection, gradient": {"projection": "gradient"},
         "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
         "projection, update": {"projection": "update"},
@@ -246,7 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=("ppo", "dpo"), help="one of the two")
     parser.add_argument("--study", choices=("projection",), help="variants of the projection instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=384, help="held-out requests per model")
+    parser.add_argument("--rows", type=int, default=256, help="held-out requests per model")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output_dir", default="output/benchmark_tax")
     prepare()

@@ -32,7 +32,7 @@ COLUMNS = (
     {"recipes"},
 )
 COLUMN_OF = {name: index for index, names in enumerate(COLUMNS) for name in names}
-MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 7500}
+MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 9300}
 
 
 def relative(path):
