@@ -77,6 +77,7 @@ SHOWN = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "pe
          "accuracy facts and sums": True, "ECE facts and sums": False, "token entropy (nats)": True,
          "self-BLEU": False, "KL (nats per sequence)": False}  # fmt: skip
 ALIGNMENT, CAPABILITY = "gold_reward", "perplexity"
+JUDGED = {ALIGNMENT: True, CAPABILITY: False, "benign_accuracy": True}
 
 
 def train(stage, name, options, seed, folder):
@@ -136,14 +137,14 @@ def interval(first, second, resamples=2000):
     return estimate, *map(float, np.quantile(draws, [0.025, 0.975]))
 
 
-def table(results, base, against="plain"):
+def table(results, base, shown, against="plain"):
     """Markdown: per setting the mean of every metric, with the interval of its difference to `against`."""
-    lines = [f"| run | {' | '.join(SHOWN)} |", "|---" + "|---:" * len(SHOWN) + "|"]
-    cells = [f"{base.values[name]:.3f}" if name in base.values else "0" for name in SHOWN]
+    lines = [f"| run | {' | '.join(shown)} |", "|---" + "|---:" * len(shown) + "|"]
+    cells = [f"{base.values[name]:.3f}" if name in base.values else "0" for name in shown]
     lines.append(f"| SFT model | {' | '.join(cells)} |")
     for name, runs in results.items():
         cells = []
-        for metric in SHOWN:
+        for metric in shown:
             values = [run.values[metric] for run in runs]
             cell = f"{np.mean([float(v) for v in values]):.3f}"
             if name != against:
@@ -154,14 +155,15 @@ def table(results, base, against="plain"):
     return "\n".join(lines)
 
 
-def verdicts(results, against="plain"):
-    """Which settings are better than the plain run outside the intervals, and how."""
+def verdicts(results, judged, against="plain"):
+    """Which settings beat the plain run outside the intervals: better in the first or second of the metrics `judged`
+    ({name: whether higher is better}) and worse in neither."""
     lines = []
     for name, runs in results.items():
         if name == against:
             continue
         gains = []
-        for metric, higher in ((ALIGNMENT, True), (CAPABILITY, False), ("accuracy facts and sums", True)):
+        for metric, higher in judged.items():
             change, low, high = interval(*([run.values[metric] for run in side] for side in (runs, results[against])))
             word = "the same" if low <= 0 <= high else "better" if (change > 0) == higher else "worse"
             gains.append((metric, word, change, low, high))
@@ -197,10 +199,10 @@ def report(stage, results, base, folder):
     corner = (base.values[ALIGNMENT], min(y for _, y in points))
     plain = hypervolume([points[0], points[1]], corner)
     front = ", ".join(rows[i]["label"] for i in pareto_front(points))
+    plane = f"Hypervolume against ({corner[0]:.3f}, {corner[1]:.3f}): {hypervolume(points, corner):.4f}"
     return (
-        f"## {stage.upper()}\n\n{table(results, base)}\n\n{verdicts(results)}\n\nPareto front: {front}. Hypervolume "
-        f"against ({corner[0]:.3f}, {corner[1]:.3f}): {hypervolume(points, corner):.4f}, the SFT "
-        f"model's and the plain run's alone {plain:.4f}.\n"
+        f"## {stage.upper()}\n\n{table(results, base, SHOWN)}\n\n{verdicts(results, JUDGED)}\n\n"
+        f"Pareto front: {front}. {plane}, the SFT model's and the plain run's alone {plain:.4f}.\n"
     )
 
 
