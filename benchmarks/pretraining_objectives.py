@@ -24,7 +24,7 @@ from measuring import prepare, show
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from lifecycle_hf import PretrainingConfig
-from lifecycle_hf.data.corpora import read_corpus, split_tail
+from lifecycle_hf.data.corpora import python_documentation, read_corpus, split_tail
 from lifecycle_hf.data.denoising import IGNORED, is_any_of
 from lifecycle_hf.trainers.pretraining import OBJECTIVES, PretrainingTrainer
 
@@ -35,7 +35,7 @@ def train(objective, args, folder):
     """CPU minutes that the recipe took; it trained before where the folder holds a report."""
     taken = folder / "cpu_minutes.json"
     if not taken.exists():
-        command = [sys.executable, str(RECIPE), "--dataset_name", args.text, "--objective", objective]
+        command = [sys.executable, str(RECIPE), "--dataset_name", args.text or "python", "--objective", objective]
         options = {"max_steps": args.steps, "vocab_size": args.vocab_size, "output_dir": folder, "bf16": args.bf16,
                    "eval_strategy": "no", "eval_on_start": False, "learning_rate": args.learning_rate}  # fmt: skip
         command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -100,7 +100,7 @@ def compare(ul2, causal, rows):
 
 
 def main(args):
-    texts = split_tail(read_corpus(Path(args.text)))
+    texts = split_tail(read_corpus(Path(args.text)) if args.text else python_documentation())
     trainers, rows = {}, []
     for objective in args.objectives:
         folder = Path(args.output_dir) / objective
@@ -126,7 +126,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", help="a text file or folder")
+    parser.add_argument("text", nargs="?", help="a text file or folder; Python's documentation by default")
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps of 16 rows of 256 tokens")
     parser.add_argument("--vocab_size", type=int, default=512)
