@@ -37,7 +37,7 @@ PLAIN = {
     "dpo": {"measure_rows": 32},
 }
 TEXTS = {"ptx_dataset_name": "toyworld", "ptx_batch_size": 32, "ptx_max_length": 64}
-ADAPTIVE = {"kl_control": "adaptive", "kl_coef": 0.4}
+ADAPTIVE = {"kl_control": "adaptive", "kl_coef": 0.4, "max_kl": 1000}
 SETTINGS = {
     "ppo": {
         "plain": {"measure_updates": 3},
@@ -232,7 +232,9 @@ def main(args):
         for name, options in settings[stage].items()
     ]
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda job: train(*job), jobs))
+        runs = [pool.submit(train, *job) for job in jobs]
+    for run in runs:  # all have ended: what one raises costs the others nothing
+        run.result()
     text = []
     for stage in stages:
         results = {name: [] for name in settings[stage]}
