@@ -69,6 +69,7 @@ def resume(output, batch, model, reward, mode):
         half = len(logs) // 2
         found = {"lines": [logs[:half], logs[half:]], "far": far, "moved": moved}
         print("RESULT resume " + json.dumps(found | launched_as(whole)))
+    return whole
 
 
 def run(output, batch, model, reward, mode):
@@ -95,9 +96,11 @@ def run(output, batch, model, reward, mode):
         entry = trainer.state.log_history[0]
         found = {name: entry[name] for name in NAMES} | {"sampled": lengths}
         print(f"RESULT {mode} " + json.dumps(found | launched_as(trainer)))
+    return trainer
 
 
 if __name__ == "__main__":
     output, *arguments, modes = sys.argv[1:]
     for mode in modes.split(","):
-        (resume if mode == "resume" else run)(f"{output}/{mode}", *arguments, mode)
+        trainer = (resume if mode == "resume" else run)(f"{output}/{mode}", *arguments, mode)
+    trainer.end()

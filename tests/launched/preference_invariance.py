@@ -66,9 +66,11 @@ def run(output, batch, model, name):
             "held_out": {k: held_out[f"eval_{k}"] for k in NAMES if f"eval_{k}" in held_out},
         }
         print(f"RESULT {name} " + json.dumps(result))
+    return trainer
 
 
 if __name__ == "__main__":
     output, *arguments, names = sys.argv[1:]
     for name in names.split(","):
-        run(f"{output}/{name}", *arguments, name)
+        trainer = run(f"{output}/{name}", *arguments, name)
+    trainer.end()

@@ -29,9 +29,11 @@ def run(output, batch, objective):
         accelerator = trainer.accelerator
         launched = {"world_size": accelerator.num_processes, "engine": accelerator.distributed_type.value}
         print(f"RESULT {objective} " + json.dumps({"lines": kept} | launched))
+    return trainer
 
 
 if __name__ == "__main__":
     output, batch, objectives = sys.argv[1:]
     for objective in objectives.split(","):
-        run(f"{output}/{objective}", batch, objective)
+        trainer = run(f"{output}/{objective}", batch, objective)
+    trainer.end()

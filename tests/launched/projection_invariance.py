@@ -58,9 +58,11 @@ def run(output, batch, level):
         kept = [{k: v for k, v in e.items() if k in ("loss", "grad_norm") or k.startswith("proj")} for e in lines]
         launched = {"world_size": world, "engine": trainer.accelerator.distributed_type.value}
         print(f"RESULT {level} " + json.dumps({"lines": kept, "sums": sums} | launched))
+    return trainer
 
 
 if __name__ == "__main__":
     output, batch, levels = sys.argv[1:]
     for level in levels.split(","):
-        run(f"{output}/{level}", batch, level)
+        trainer = run(f"{output}/{level}", batch, level)
+    trainer.end()

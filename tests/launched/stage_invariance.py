@@ -48,6 +48,7 @@ def main(output, batch, stage, mode, model):
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         print("RESULT run " + json.dumps({"world_size": args.world_size, "steps": steps, "held_out": held_out}))
+    trainer.end()
 
 
 if __name__ == "__main__":
