@@ -6,8 +6,8 @@
 
 Every run is a recipe with options that you could type (they are printed); one that stands in --output_dir is kept, so
 that a killed benchmark goes on. Each model is then measured on the same held-out requests, documents and questions.
-Written to --output_dir: results.md with the tables, pareto_ppo.png, pareto_dpo.png, overoptimization.png,
-reliability_*.png and results.json.
+Written to --output_dir: results.md with the tables, pareto_ppo.png, pareto_dpo.png, overoptimization.png and
+reliability_*.png.
 
 A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
 Intervals are 95 % bootstrap percentiles that draw seeds and, for all seeds and models alike, items.

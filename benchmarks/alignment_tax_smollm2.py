@@ -2,13 +2,15 @@
 
     python benchmarks/alignment_tax_smollm2.py SMOLLM2 hh_harmless_1500.jsonl.gz gsm8k_train_1000.jsonl.gz
 
-SMOLLM2 is a checkpoint (docs/real_runs.md says how to get it), the second the prompts, the third school maths
-(`question`, `answer`). The reward is vaderSentiment's. Capability is perplexity on held-out solutions and the accuracy
-of choosing the right number among four; what PTX, EWC and projection protect are other solutions. One seed: intervals
-are over items. Runs that stand in --output_dir are kept.
+SMOLLM2 is a checkpoint (docs/real_runs.md says how to get it), the second has the prompts, of which the short ones are
+taken, the third school maths (`question`, `answer`). The reward is vaderSentiment's, on prompts that no run has seen.
+Capability is perplexity on held-out solutions and the accuracy of choosing the right number among four; what PTX, EWC
+and projection protect are other solutions. One seed: intervals are over items. Runs that stand in --output_dir are
+kept.
 """
 
 import argparse
+import os
 import random
 import re
 import sys
@@ -26,7 +28,7 @@ def positive(prompts, completions, **columns):
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [analyzer.polarity_scores(text)["compound"] for text in texts]
 """
-HELD_OUT = 80
+HELD_OUT, PROMPT_CHARACTERS = 100, 250
 ADAPTIVE = {"kl_control": "adaptive", "kl_coef": 0.05, "kl_target": 8.0, "kl_horizon": 32}
 SETTINGS = {
     "plain": {},
@@ -55,17 +57,26 @@ def choices_of(row, rng):
             "answer": options.index(right)}  # fmt: skip
 
 
-def write_data(maths, folder):
-    """Solutions as texts and questions as multiple choice, train and test apart."""
+def short_prompts(pairs):
+    from datasets import Dataset
+
+    from lifecycle_hf.data.schemas import to_prompts
+
+    found = to_prompts(Dataset.from_list(read_rows(pairs)), "prompts")["prompt"]
+    return [{"prompt": chat} for chat in found if sum(len(turn["content"]) for turn in chat) < PROMPT_CHARACTERS]
+
+
+def write_data(pairs, maths, folder):
+    """Prompts, solutions as texts, and questions as multiple choice, train and test apart."""
     from datasets import Dataset, DatasetDict
 
     rows, rng = read_rows(maths), random.Random(0)
     rng.shuffle(rows)
     texts = [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in rows]
     questions = [choices_of(row, rng) for row in rows[:HELD_OUT]]
-    parts = {"solutions": {"train": texts[HELD_OUT:], "test": texts[:HELD_OUT]}, "questions": {"test": questions}}
-    for name, splits in parts.items():
-        made = {"train": splits.get("train", questions[:1]), "test": splits["test"]}
+    parts = {"prompts": short_prompts(pairs), "solutions": texts}
+    splits = {name: {"train": part[HELD_OUT:], "test": part[:HELD_OUT]} for name, part in parts.items()}
+    for name, made in (splits | {"questions": {"test": questions}}).items():
         DatasetDict({split: Dataset.from_list(part) for split, part in made.items()}).save_to_disk(folder / name)
 
 
@@ -77,9 +88,10 @@ def main(args):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentiment.py").write_text(REWARD)
     sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     if not (folder / "questions").exists():
-        write_data(args.maths, folder)
-    model, prompts = (str(Path(path).resolve()) for path in (args.model, args.prompts))
+        write_data(args.prompts, args.maths, folder)
+    model, prompts = str(Path(args.model).resolve()), str(folder / "prompts")
     options = {
         "config": "recipes/configs/ppo_smollm2.yaml", "model_name_or_path": model, "dataset_name": prompts,
         "reward_funcs": "sentiment:positive", "ptx_dataset_name": folder / "solutions", "ptx_batch_size": 4,

@@ -75,7 +75,7 @@ SETTINGS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--model", default="/tmp/smollm/model", help="causal LM with a chat template; docs/real_runs.md makes one")
+    add("--model", default="smollm2", help="causal LM with a chat template; docs/real_runs.md makes one")
     add(
         "--prompts",
         default="../shared/data/hh_harmless_1500.jsonl.gz",

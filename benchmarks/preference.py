@@ -44,7 +44,7 @@ ORPO_NOTE = "TRL's NLL is a mean over the batch's tokens, ours a mean per exampl
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--model", default="/tmp/smollm/model", help="causal LM with a chat template; docs/real_runs.md makes one")
+    add("--model", default="smollm2", help="causal LM with a chat template; docs/real_runs.md makes one")
     add("--data", default="../shared/data/hh_harmless_1500.jsonl.gz", help="pairs of transcripts, .jsonl or .jsonl.gz")
     add("--compare", default="all", choices=[*COMPARISONS, "all"])
     add("--lora", **flag, help="LoRA (r=16, alpha=32, all linear layers) instead of full fine-tuning")

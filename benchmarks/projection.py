@@ -98,7 +98,7 @@ def row(kind: str, found: dict, side: str) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="/tmp/smollm/model", help="causal LM for LoRA; docs/real_runs.md makes one")
+    parser.add_argument("--model", default="smollm2", help="causal LM for LoRA; docs/real_runs.md makes one")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4, help="rows of a step, and of a capability batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
