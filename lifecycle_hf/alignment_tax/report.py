@@ -112,7 +112,8 @@ class TaxReport:
 
 def _cells(row):
     arrow = "↑" if row["higher_is_better"] else "↓"
-    percent = "" if row["percent"] is None or not _finite(row["percent"]) else f"{row['percent']:+.1f} %"
+    told = _finite(row["percent"]) and abs(row["percent"]) < 1000  # a multiple of next to nothing tells nothing
+    percent = f"{row['percent']:+.1f} %" if told else ""
     numbers = [_number(row["before"]), _number(row["after"]), _number(row["tax"], "+")]
     interval = " to ".join(_number(end, "+") for end in row.get("interval", ()))
     return [f"{row['label']} {arrow}", *numbers, percent, interval, row.get("verdict", "")]

@@ -43,6 +43,15 @@ def test_one_table_in_three_forms(report):
     }
 
 
+def test_a_multiple_of_next_to_nothing_is_not_told():
+    report = TaxReport({"brier": 0.001, "ece": 0.1}, {"brier": 0.0119, "ece": 1.0}, {"brier": False, "ece": False})
+    assert report.to_json()["brier"]["percent"] == pytest.approx(1090)
+    assert report.to_markdown().splitlines()[2:] == [
+        "| brier ↓ | 0.001 | 0.012 | +0.011 |  |",
+        "| ece ↓ | 0.100 | 1.000 | +0.900 | +900.0 % |",
+    ]
+
+
 def test_reports_of_different_metrics_are_refused():
     with pytest.raises(ValueError, match=r"before and after .* \['b'\]"):
         TaxReport({"a": 1.0}, {"a": 1.0, "b": 2.0}, {"a": True})
