@@ -14,6 +14,7 @@ Intervals are 95 % bootstrap percentiles that draw seeds and, for all seeds and 
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -71,6 +72,7 @@ STUDY = {
     "each tensor by itself": {"projection_scope": "tensor"},
     "16 directions, each tensor": {"projection_k": 16, "projection_refresh": "running", "projection_scope": "tensor"},
     "SGD": {"optim": "sgd", "learning_rate": 0.3},
+    "SGD, no projection": {"optim": "sgd", "learning_rate": 0.3, "projection": None},
 }
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 SHOWN = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False,
@@ -80,16 +82,32 @@ ALIGNMENT, CAPABILITY = "gold_reward", "perplexity"
 JUDGED = {ALIGNMENT: True, CAPABILITY: False, "benign_accuracy": True}
 
 
+def is_made(folder, options):
+    """Whether what stands in the folder was made with these options.
+
+    Raises:
+        ValueError: it was made with others.
+    """
+    noted = folder / "made_with.json"
+    if not noted.exists():
+        return False
+    if json.loads(noted.read_text()) != options:
+        raise ValueError(f"{folder} holds a model made with {noted.read_text()}, not {options}: delete it.")
+    return True
+
+
 def train(stage, name, options, seed, folder):
-    """Run the recipe unless its model is there."""
-    if not (folder / "report.json").exists():
-        options = TEXTS | PLAIN[stage] | options | {"output_dir": folder, "disable_tqdm": True, "seed": seed}
-        command = [sys.executable, f"recipes/{stage}.py"]
+    """Run the recipe unless the model that these options make is there."""
+    options = TEXTS | PLAIN[stage] | options | {"disable_tqdm": True, "seed": seed}
+    options = {option: value for option, value in options.items() if value is not None}
+    if not is_made(folder, options):
+        command = [sys.executable, f"recipes/{stage}.py", "--output_dir", str(folder)]
         command += [str(word) for option, value in options.items() for word in (f"--{option}", value)]
         print(f"{stage}, {name}, seed {seed}: {' '.join(command[1:])}", flush=True)
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
         if done.returncode:
             raise RuntimeError(f"{name}, seed {seed} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        (folder / "made_with.json").write_text(json.dumps(options))
     return folder
 
 
@@ -97,8 +115,11 @@ def interpolated(plain, alpha, base):
     from lifecycle_hf.alignment_tax.interpolation import interpolate
 
     folder = plain.with_name(f"{plain.name}_alpha_{alpha}")
-    if not folder.exists():
+    made = json.loads((plain / "made_with.json").read_text()) | {"alpha": alpha}
+    if not is_made(folder, made):
+        shutil.rmtree(folder, ignore_errors=True)
         interpolate(base, plain, alpha, folder)
+        (folder / "made_with.json").write_text(json.dumps(made))
     return folder
 
 

@@ -253,11 +253,12 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             seed=args.seed * 1_000_003 + update,
         )
         first, size = schedule[0][0] if self._keeps_graphs() else None, len(rows) * self.accelerator.num_processes
-        logged = copy.deepcopy(metrics.sums)
+        logged, scale = copy.deepcopy(metrics.sums), self.rollouts.reward_moments.state_dict()
         batches = self.rollouts.make(rows, metrics, first=first)
         rejected = self.budget is not None and self.budget.takes_back(self.rollouts.means["kl"], size)
         if rejected:
-            metrics.sums = logged  # the log is of what is trained on
+            metrics.sums = logged  # log and scale are of what is trained on
+            self.rollouts.reward_moments.load_state_dict(scale)
             batches = self.rollouts.make(rows, metrics, first=first)
         if self.budget is not None:
             metrics.add("kl_budget/rejected", float(rejected))
