@@ -23,7 +23,7 @@ CONFIGS = sorted([*(REPOSITORY / "accelerate_configs").glob("*.yaml"), *RECIPES.
 
 # A file imports only from its own column or from columns before it.
 COLUMNS = (
-    {"data", "objectives", "alignment_tax"},
+    {"data", "objectives", "alignment_tax", "adapters"},
     {"models"},
     {"scoring", "rollouts", "rewards", "memory", "scaling"},
     {"trainers"},
@@ -32,7 +32,7 @@ COLUMNS = (
     {"recipes"},
 )
 COLUMN_OF = {name: index for index, names in enumerate(COLUMNS) for name in names}
-MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 9300}
+MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 9400}
 
 
 def relative(path):

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed, nn
 
+from lifecycle_hf.adapters import split_adapter
+
 FORMAT = "lifecycle_hf.ewc"
 
 
@@ -48,8 +50,9 @@ class EWC:
         that example alone; [B] are the losses of B, each of which goes back through the graph of all.
 
         Only what trains when this is called is protected, each tied weight once; what no loss reaches has F = 0. With
-        LoRA these are the adapter's weights, and the anchor is the value they start from (where B = 0, and so F of A
-        is 0). The model is in eval mode meanwhile. Under torch.distributed every rank gives its share of the examples.
+        LoRA these are the active adapter's weights, named without the adapter, and the anchor is the value they start
+        from (where B = 0, and so F of A is 0). The model is in eval mode meanwhile. Under torch.distributed every rank
+        gives its share of the examples.
 
         Args:
             losses: scalars or [B], with their graphs; a generator, so that one graph exists at a time. For the Fisher
@@ -98,7 +101,7 @@ class EWC:
         Raises:
             ValueError: a parameter of F is missing in the model or has another shape there, naming it.
         """
-        weights = {name: p for name, p in model.named_parameters() if name in self.fisher}
+        weights = {name: p for name, p in _named(model).items() if name in self.fisher}
         _check_same(self.fisher, weights, "the Fisher", "the model")
         names = list(self.fisher)
         constants = [(self.fisher[name], self.anchor[name]) for name in names]
@@ -166,8 +169,19 @@ class _Quadratic(torch.autograd.Function):
         return None, None, *gradients
 
 
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name; of a PeftModel without the adapters that are not active, and without the active one's name,
+    which differs between trainers."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    active = [] if prefix is None else model.active_adapters
+    if len(active) != 1:
+        return dict(model.named_parameters())
+    split = ((*split_adapter(name, prefix), p) for name, p in model.named_parameters())
+    return {name: p for adapter, name, p in split if adapter in (None, *active)}
+
+
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in _named(model).items() if p.requires_grad}
 
 
 def _sum_over_ranks(totals: list[torch.Tensor], count: int) -> int:
@@ -185,5 +199,5 @@ def _check_same(one: dict, other: dict, here: str, there: str) -> None:
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"EWC: {name} is {shapes[0]} in {here} and {shapes[1]} in {there}. Estimate and use EWC with the same "
-                "parameters trained, and adapters of the same names and rank."
+                "parameters trained, and adapters of the same rank."
             )

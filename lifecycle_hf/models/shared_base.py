@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lifecycle_hf.adapters import split_adapter
 from lifecycle_hf.models.loading import check_adapter_base
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ class SharedBase:
     def _set_flags(self) -> None:
         prefix = self.model.base_model.prefix
         for name, parameter in self.model.named_parameters():
-            on = adapter_of(name, prefix) in self.trainable
+            on = split_adapter(name, prefix)[0] in self.trainable
             if parameter.requires_grad != on:
                 parameter.requires_grad_(on)
 
@@ -178,16 +178,6 @@ class SharedBase:
         self._set_flags()
 
 
-def adapter_of(name: str, prefix: str) -> str | None:
-    """The adapter that a parameter belongs to, by its name; None for those of the base.
-
-    A layer of the base may have an adapter's name ("value" in BERT's attention), so only the part counts that follows
-    a container of adapters.
-    """
-    kept = ("modules_to_save", "trainable_tokens_delta")
-    return next((role for kind, role in pairwise(name.split(".")) if kind.startswith(prefix) or kind in kept), None)
-
-
 def role_weights(model: nn.Module, role: str | None = None) -> dict[str, torch.Tensor]:
     """Weights by the names of the plain model; of a PeftModel those of the base, and of the adapter `role`."""
     weights = model.state_dict(keep_vars=True)
@@ -197,7 +187,7 @@ def role_weights(model: nn.Module, role: str | None = None) -> dict[str, torch.T
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for name, tensor in weights.items()
-        if adapter_of(name, adapter) in (None, role)
+        if split_adapter(name, adapter)[0] in (None, role)
     }
 
 

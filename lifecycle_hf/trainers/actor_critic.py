@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lifecycle_hf.adapters import split_adapter
 from lifecycle_hf.models.heads import NormalisedHead, ScalarHead, last_token_hidden
 from lifecycle_hf.models.loading import is_adapter
-from lifecycle_hf.models.shared_base import adapter_of
 from lifecycle_hf.scoring import Completions, completion_hidden_states, unwrapped
 from lifecycle_hf.trainers.policy import PolicyAndReference, load_weights
 
@@ -126,7 +126,7 @@ class ActorCritic(PolicyAndReference):
 
     def is_value(self, name: str) -> bool:
         """Whether the parameter `name` of this module belongs to the value function."""
-        if self.value == "adapter" and adapter_of(name, self.shared.model.base_model.prefix) == "value":
+        if self.value == "adapter" and split_adapter(name, self.shared.model.base_model.prefix)[0] == "value":
             return True
         return name.startswith(("value_model.", "value_head."))
 

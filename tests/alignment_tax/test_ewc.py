@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import trainer as ppo_trainer
 from safetensors.torch import save_file
 from torch import nn
+from trainer_setting import MAKE
 from transformers import AutoModelForCausalLM
 
 from lifecycle_hf import SFTConfig, SFTTrainer
@@ -132,7 +133,8 @@ def test_of_lora_only_the_adapter_is_held_and_a_has_no_fisher_at_the_start(tiny_
     assert len(ewc.fisher) == 4 and all("lora_" in name for name in ewc.fisher)
     for name, fisher in ewc.fisher.items():  # ∂ℓ/∂A = s·Bᵀ(∂ℓ/∂ΔW) and B = 0
         assert bool(fisher.any()) == ("lora_B" in name), name
-        torch.testing.assert_close(ewc.anchor[name], model.get_parameter(name).detach(), rtol=0, atol=0)
+        parameter = model.get_parameter(name.replace(".weight", ".default.weight"))
+        torch.testing.assert_close(ewc.anchor[name], parameter.detach(), rtol=0, atol=0)
 
 
 def test_saved_and_loaded_the_same(tmp_path, tiny_llama):
@@ -221,3 +223,35 @@ def test_ppo_gives_the_policy(tiny_llama, tmp_path):
     run.train()
     logged = [entry["loss/ewc"] for entry in run.state.log_history if "loss/ewc" in entry]
     assert logged[0] == 0 < logged[-1]
+
+
+LORA = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_sft_saved_of_its_adapter_holds_that_of_the_next_stage(tiny_llama, tmp_path, name, fresh):
+    """SFT's adapter is named "default", one that DPO or PPO starts "policy", and PPO trains "value" beside it."""
+    model = get_peft_model(tiny_llama[0](), LoraConfig(**LORA))
+    ewc = EWC.estimate(model, token_losses(model, ROWS))
+    ewc.save(tmp_path / "ewc.safetensors")
+    start = {"trainer_options": {"peft_config": LoraConfig(**LORA)}} if fresh else {"model": model}
+    options = {"ewc": str(tmp_path / "ewc.safetensors"), "ewc_coef": 1.0, "max_steps": 2, "learning_rate": 0.01}
+    run = MAKE[name](tiny_llama, tmp_path / "run", **start, **options)
+    held, role = run._auxiliary["ewc"][0], "policy" if fresh else "default"
+    assert run.model.policy_role == role and held.fisher.keys() == ewc.fisher.keys()
+    run.train()
+    named, expected = dict(run.model.policy.named_parameters()), 0.0
+    for key, fisher in ewc.fisher.items():
+        moved = named[key.replace(".weight", f".{role}.weight")].double() - ewc.anchor[key]
+        expected += (fisher * moved.square()).sum().item() / 2
+    assert held(run.model.policy).item() == pytest.approx(expected, rel=1e-5) and expected > 0
+
+
+def test_beside_a_value_adapter_the_policys_is_held(tiny_llama, tmp_path):
+    options = {"ptx_dataset": Dataset.from_dict({"text": ["word is word"] * 4}), "peft_config": LoraConfig(**LORA)}
+    run = ppo_trainer(tiny_llama, tmp_path, trainer_options=options, ewc_coef=1.0, ewc_rows=2)
+    ewc, policy = run._auxiliary["ewc"][0], run.model.policy
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert any(".value." in name for name in trained) and len(ewc.fisher) == len(trained) / 2 == 4
+    assert all(fisher.any() for fisher in ewc.fisher.values())

@@ -9,8 +9,9 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from ppo_setting import KeepGradients, logged, trainer
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
+from lifecycle_hf.adapters import split_adapter
 from lifecycle_hf.models.heads import NormalisedHead
-from lifecycle_hf.models.shared_base import SharedBase, adapter_of
+from lifecycle_hf.models.shared_base import SharedBase
 from lifecycle_hf.scoring import Completions
 from lifecycle_hf.trainers.actor_critic import ActorCritic, settled
 from lifecycle_hf.trainers.ppo import PPOTrainer
@@ -250,11 +251,14 @@ def test_merging_leaves_layers_alone_that_are_replaced_and_not_changed(tiny_llam
 
 def test_a_layer_with_an_adapters_name_belongs_to_the_base():
     layer = "bert.encoder.layer.0.attention.self.value"
-    assert adapter_of(f"{layer}.base_layer.weight", "lora_") is None
-    assert adapter_of(f"{layer}.lora_A.policy.weight", "lora_") == "policy"
-    assert adapter_of("embed.lora_embedding_A.value", "lora_") == "value"
-    assert adapter_of("lm_head.modules_to_save.policy.dense.weight", "lora_") == "policy"
-    assert adapter_of("embed.token_adapter.trainable_tokens_delta.policy", "lora_") == "policy"
+    assert split_adapter(f"{layer}.base_layer.weight", "lora_") == (None, f"{layer}.base_layer.weight")
+    for name, expected in (
+        (f"{layer}.lora_A.policy.weight", ("policy", f"{layer}.lora_A.weight")),
+        ("embed.lora_embedding_A.value", ("value", "embed.lora_embedding_A")),
+        ("lm_head.modules_to_save.policy.dense.weight", ("policy", "lm_head.modules_to_save.dense.weight")),
+        ("embed.trainable_tokens_delta.policy", ("policy", "embed.trainable_tokens_delta")),
+    ):
+        assert split_adapter(name, "lora_") == expected
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
