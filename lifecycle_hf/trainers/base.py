@@ -176,11 +176,10 @@ class LifecycleTrainerMixin:
                 step's micro-batches and ranks. One with a state (see [`Stateful`]) has it saved and restored.
 
         Raises:
-            ValueError: there is one of that name already, or ZeRO-3 has sharded the parameters, of which the function
-                would see empty pieces.
+            ValueError: there is one of that name already, or ZeRO-3 or FSDP shards the parameters, of which the
+                function would see pieces.
         """
-        if is_sharded(self.model):
-            raise ValueError(f"The auxiliary loss {name!r} does not run under ZeRO-3: use ZeRO-1, ZeRO-2 or DDP.")
+        self.check_auxiliary(name)
         if name in self._auxiliary:
             raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")
         self._auxiliary[name] = (function, weight)
@@ -188,6 +187,15 @@ class LifecycleTrainerMixin:
             self.stateful[f"loss_{name}"] = function
         if isinstance(weight, LagrangeMultiplier):
             self.dual_ascent.watch(name, weight)
+
+    def check_auxiliary(self, name: str) -> None:
+        """Raises a ValueError under an engine on which no auxiliary loss runs."""
+        plugin = self.args.deepspeed_plugin
+        if self.is_fsdp_enabled or is_sharded(self.model) or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                f"The auxiliary loss {name!r} does not run under ZeRO-3 or FSDP, which shard what it reads: use DDP, "
+                "ZeRO-1 or ZeRO-2. (PPO's ptx_coef without a ceiling is none, and runs there too.)"
+            )
 
     def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:
         """Weighs the trainer's own loss by λ: the auxiliary losses are minimised subject to its mean's limit.

@@ -106,3 +106,22 @@ def test_a_ceiling_raises_its_multiplier_while_it_is_broken(tiny_llama, tmp_path
 def test_what_can_not_be_meant_is_refused(tiny_llama, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make("dpo", tiny_llama, tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"ptx_coef": 0.5}, {"ptx_ceiling": 1.0}, {"ewc_coef": 1.0}])
+def test_sharded_models_are_refused_before_a_fisher_is_estimated(tiny_llama, tmp_path, monkeypatch, options):
+    run = make("sft", tiny_llama, tmp_path)
+    run.is_fsdp_enabled = True
+    monkeypatch.setattr(EWC, "estimate", None)
+    for name, value in options.items():
+        setattr(run.args, name, value)
+    with pytest.raises(ValueError, match="auxiliary loss '(ptx|ewc)' does not run under ZeRO-3 or FSDP, .*: use DDP"):
+        run.protect(FACTS)
+
+
+def test_ppo_mixes_its_own_pretraining_loss_under_fsdp(tiny_llama, tmp_path):
+    """tests/trainers/test_ppo_distributed.py trains with it."""
+    run = make("ppo", tiny_llama, tmp_path, ptx_coef=0.5, ptx_dataset=FACTS)
+    run.is_fsdp_enabled = True
+    run.protect(FACTS, mixes=True)
+    assert not run._auxiliary
