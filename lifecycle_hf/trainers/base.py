@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
-from lifecycle_hf.trainers.callbacks import PREFIX
+from lifecycle_hf.trainers.callbacks import PREFIX, TaxMonitor
 from lifecycle_hf.trainers.mitigations import mitigations_in_force, protect
 from lifecycle_hf.trainers.model_card import write_model_card
 
@@ -149,7 +149,12 @@ class LifecycleTrainerMixin:
     card_paper: tuple[str, str]
     card_options: tuple[str, ...] = ()
     dataset_name: str | None = None
-    tax_report: TaxReport | None = None
+
+    @property
+    def tax_report(self) -> TaxReport | None:
+        """The before/after table that a [`TaxMonitor`] among the callbacks measured, or None."""
+        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, TaxMonitor) and c.history]
+        return monitors[0].report() if monitors else None
 
     def _init_lifecycle(self) -> None:
         self.metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}

@@ -22,10 +22,11 @@ class TaxMonitor(TrainerCallback):
         every: optimizer steps between measurements; None measures before and after only.
         higher_is_better: {name: whether more is better}, one entry per metric.
 
-    Measuring neither consumes the run's random numbers nor changes which modules are in train mode. Of a model that
-    wraps a `policy`, the policy is measured. The values go to the trainer's log as `tax/NAME` once `attach(trainer)`
-    was called, and to its log history in any case: checkpoints carry them there, so that a resumed run keeps the
-    measurements of its first start.
+    After training the model is measured as it is kept: anew where `load_best_model_at_end` or a KL budget has changed
+    it since the last step. Measuring neither consumes the run's random numbers nor changes which modules are in train
+    mode. Of a model that wraps a `policy`, the policy is measured. The values go to the trainer's log as `tax/NAME`
+    once `attach(trainer)` was called, and to its log history in any case: checkpoints carry them there, so that a
+    resumed run keeps the measurements of its first start.
 
     With `metric_for_best_model="tax/NAME"` every evaluation of the trainer has them too, as `eval_tax/NAME`, measured
     then if they were not at this step: so they drive transformers' `load_best_model_at_end` and, where it comes after
@@ -43,7 +44,7 @@ class TaxMonitor(TrainerCallback):
         self.every = every
         self.higher_is_better = dict(higher_is_better)
         self.history = []
-        self._log, self._measuring = None, False
+        self._log, self._measuring, self._weights = None, False, None
 
     def attach(self, trainer):
         """Add this callback to `trainer` and log through it."""
@@ -88,8 +89,12 @@ class TaxMonitor(TrainerCallback):
         metrics.update({f"eval_{PREFIX}{name}": value for name, value in self.after.items()})
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if self.history[-1]["step"] != state.global_step:
-            self._measure(state, model, processing_class)
+        if self.history[-1]["step"] == state.global_step:
+            with _policy(model) as policy:
+                if self._weights in (None, _fingerprint(policy)):
+                    return
+            self.history.pop()
+        self._measure(state, model, processing_class)
 
     def _best(self, args):
         """The metric of this monitor that chooses the best model, or None."""
@@ -97,10 +102,8 @@ class TaxMonitor(TrainerCallback):
         return next((name for name in self.higher_is_better if PREFIX + name == named), None)
 
     def _measure(self, state, model, tokenizer):
-        whole = extract_model_from_parallel(model)
-        policy = getattr(whole, "policy", whole)
-        with _undisturbed(policy), nullcontext() if policy is whole else unsharded(whole):
-            self._measuring = True
+        with _policy(model) as policy, _undisturbed(policy):
+            self._measuring, self._weights = True, _fingerprint(policy)
             measured = self.metrics(policy, tokenizer).items()
             values = {name: value if isinstance(value, Measurement) else float(value) for name, value in measured}
             self._measuring = False
@@ -121,6 +124,21 @@ class TaxMonitor(TrainerCallback):
 def _row(entry):
     values = {key.removeprefix(PREFIX): value for key, value in entry.items() if key.startswith(PREFIX)}
     return {"step": entry["step"]} | values
+
+
+@contextmanager
+def _policy(model):
+    """The policy of a trainer's model, its weights at hand."""
+    whole = extract_model_from_parallel(model)
+    policy = getattr(whole, "policy", whole)
+    with nullcontext() if policy is whole else unsharded(whole):
+        yield policy
+
+
+@torch.no_grad()
+def _fingerprint(model):
+    sums = [p.double().sum() for p in model.parameters() if p.requires_grad]
+    return sum(float(total.full_tensor() if hasattr(total, "full_tensor") else total) for total in sums)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from lifecycle_hf.models.loading import check_pad_token, load_causal_lm, load_to
 from lifecycle_hf.models.shared_base import SharedBase
 from lifecycle_hf.scoring import Completions, completion_logprobs
 from lifecycle_hf.trainers.base import LifecycleTrainerMixin
-from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -228,12 +227,6 @@ class PolicyBuilder:
 
 class PolicyTrainerMixin(LifecycleTrainerMixin):
     """Checkpoints of a trainer whose model is a [`PolicyAndReference`]: the policy stands at their root."""
-
-    @property
-    def tax_report(self):
-        """The before/after table that a [`TaxMonitor`] among the callbacks measured, or None."""
-        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, TaxMonitor) and c.history]
-        return monitors[0].report() if monitors else None
 
     def check_engine(self) -> None:
         """Raises a ValueError under an engine that these trainers do not run on."""

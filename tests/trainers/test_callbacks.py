@@ -137,13 +137,15 @@ BEST = {
 
 def test_a_gold_metric_stops_the_run_and_gives_its_best_weights_back(tmp_path):
     seen = []
-    trainer = make_trainer(tmp_path, gold_monitor(seen), **BEST)
+    monitor = gold_monitor(seen)
+    trainer = make_trainer(tmp_path, monitor, **BEST)
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
     # 3 at step 2 is the best; 2, and 3 again, are no better: two evaluations without improvement end it at step 4
-    assert trainer.state.global_step == 4 and len(seen) == 5
+    assert trainer.state.global_step == 4 and len(seen) == 6
     assert trainer.state.best_metric == 3.0 and trainer.state.best_global_step == 2
-    assert trainer.model.w.item() == seen[2] != seen[4]
+    assert trainer.model.w.item() == seen[2] == seen[5] != seen[4]  # the table is of the model that is kept
+    assert monitor.after == {"gold": GOLD[5]} and [row["step"] for row in monitor.history] == [0, 1, 2, 3, 4]
 
 
 def test_an_evaluation_within_a_metric_measures_no_more(tmp_path):

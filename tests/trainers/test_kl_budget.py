@@ -8,6 +8,7 @@ import torch
 from ppo_setting import count_e, logged, trainer
 
 from lifecycle_hf.trainers.base import MetricAccumulator
+from lifecycle_hf.trainers.callbacks import TaxMonitor
 
 BUDGET = {"kl_control": "budget", "kl_budget": 0.5, "kl_coef": 0.0}
 
@@ -124,3 +125,14 @@ def test_scores_are_asked_for_once_per_rollout_that_is_made(tiny_llama, tmp_path
     with_kl(run, [0.0, 3.0, 0.0, 0.0])
     train(run)
     assert calls == [4] * 4  # two updates, one made anew, and the measurement at the end
+
+
+def test_the_table_is_of_the_weights_that_are_kept(tiny_llama, tmp_path):
+    def metrics(model, tokenizer):
+        return {"sum": sum(p.double().sum().item() for p in model.parameters())}
+
+    monitor = TaxMonitor(metrics, None, {"sum": True})
+    run = trainer(tiny_llama, tmp_path, trainer_options={"callbacks": [monitor]}, **BUDGET)
+    with_kl(run, [0.0, 0.3, math.nan])  # the last update is taken back as training ends
+    train(run)
+    assert float(run.tax_report.after["sum"]) == metrics(run.model.policy, None)["sum"]

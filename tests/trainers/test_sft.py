@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lifecycle_hf.models.loading import load_causal_lm, merge_adapter
+from lifecycle_hf.trainers.callbacks import TaxMonitor
 from lifecycle_hf.trainers.sft import SFTConfig, SFTTrainer
 
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
@@ -40,9 +41,8 @@ def chats(*conversations):
 
 
 def make_trainer(model, tmp_path, train, evaluation=None, **options):
-    rest = {
-        k: options.pop(k) for k in list(options) if k in ("peft_config", "quantization_config", "processing_class")
-    }
+    names = ("peft_config", "quantization_config", "processing_class", "callbacks")
+    rest = {name: options.pop(name) for name in names if name in options}
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
     defaults = {"max_steps": 2, "gradient_checkpointing": False, "per_device_eval_batch_size": 2}
     return SFTTrainer(
@@ -283,6 +283,16 @@ def test_packing_and_custom_columns(base, tmp_path):
     trainer = make_trainer(base, tmp_path, rows, dataset_text_field="story", packing=True, max_length=64)
     assert len(trainer.train_dataset) < 4
     trainer.train()
+
+
+def test_card_tells_what_a_monitor_measured(base, tmp_path):
+    monitor = TaxMonitor(lambda model, tokenizer: {"gold": 0.25}, None, {"gold": True})
+    trainer = make_trainer(base, tmp_path, completions(8), completions(4), callbacks=[monitor])
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert trainer.tax_report.before == {"gold": 0.25} == trainer.tax_report.after
+    assert trainer.tax_report.to_markdown() in (tmp_path / "out/README.md").read_text()
 
 
 def test_card_tells_loss_before_and_after(base, tmp_path):
