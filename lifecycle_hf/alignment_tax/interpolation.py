@@ -32,6 +32,7 @@ EXACT = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 OWN_BASE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """`init_lora_weights` under which W + s·BA has for W the base as it is; others put a rest of the base in its place."""
 _LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|blocks|block)\.)(\d+)\.")
+_OF_A_RUN = re.compile(r"(trainer_state|report|(all|train|eval)_results|lifecycle_(?!adapter).*)\.json")
 _FIRST = re.compile(r"embed|wte|wpe|shared")
 
 
@@ -80,7 +81,7 @@ def interpolate(base: str | Path | None, aligned: str | Path, alpha: Alpha, outp
             blended = {own[name]: _blend(pairs[name][1], own[name], ratios[name], buffers) for name in names}
             write_like(staging / path.name, path, blended)
         for path in (path for pattern in COMPANIONS for path in theirs.glob(pattern)):
-            if path.name != "trainer_state.json":
+            if not _OF_A_RUN.fullmatch(path.name):
                 shutil.copyfile(path, staging / path.name)
         (staging / "README.md").write_text(_card(output.name, base, aligned, alpha, theirs))
         staging.rename(output)

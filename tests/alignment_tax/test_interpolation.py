@@ -212,8 +212,10 @@ def test_folders_that_cannot_be_used(pair, tmp_path, monkeypatch):
 
 def test_result_loads_and_pushes_from_and_to_the_hub(hub, pair, tmp_path):
     base, aligned = pair
-    (aligned / "trainer_state.json").write_text("{}")
-    (aligned / "optimizer.pt").write_text("")
+    of_the_run = {"trainer_state.json", "report.json", "lifecycle_kl_control.json", "optimizer.pt"}
+    for name in of_the_run:
+        (aligned / name).write_text("{}")
+    (aligned / "lifecycle_adapter.json").write_text("{}")
     hub.run(PUSH, "me/base", base, "me/aligned", aligned)
     hub.run(FROM_HUB, tmp_path / "between")
     local = interpolate(base, aligned, 0.5, tmp_path / "local")
@@ -222,7 +224,8 @@ def test_result_loads_and_pushes_from_and_to_the_hub(hub, pair, tmp_path):
     assert data.base_model == ["me/base", "me/aligned"] and data.to_dict()["base_model_relation"] == "merge"
     card = (local / "README.md").read_text()
     assert "all others | 0.5" in card and "base_model" not in card and str(tmp_path) not in card
-    assert not {"trainer_state.json", "optimizer.pt"} & {path.name for path in local.iterdir()}
+    kept = {path.name for path in local.iterdir()}
+    assert not of_the_run & kept and "lifecycle_adapter.json" in kept
     AutoTokenizer.from_pretrained(local)
     hub.run(PUSH, "me/between", local)
     model = AutoModelForCausalLM.from_pretrained(local)
