@@ -10,7 +10,9 @@ Written to --output_dir: results.md with the tables, pareto_ppo.png, pareto_dpo.
 reliability_*.png.
 
 A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
-Intervals are 95 % bootstrap percentiles that draw seeds and, for all seeds and models alike, items.
+Intervals are 95 % ones, each by itself: of many, one in twenty is off by chance. Seeds are a sample of runs and items
+one of requests: mean ± t(seeds − 1)·√(variance over seeds / seeds + bootstrap variance over items), where items are
+drawn alike for all seeds and both models. Of one seed they are bootstrap percentiles over items alone.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from measuring import prepare
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = {
@@ -145,17 +148,18 @@ class Judge:
 
 def interval(first, second, resamples=2000):
     """(difference, low, high) of a metric between two settings, each a list of its `Measurement`s by seed."""
-    rng = np.random.default_rng(0)
     pairs = list(zip(first, second, strict=True))
-    estimate = float(np.mean([float(a) - float(b) for a, b in pairs]))
+    differences = np.array([float(a) - float(b) for a, b in pairs])
+    estimate, seeds = float(differences.mean()), len(pairs)
     if not all(hasattr(value, "columns") for pair in pairs for value in pair):
         return estimate, np.nan, np.nan
     n = len(pairs[0][0].columns)
-    weights = rng.multinomial(n, np.full(n, 1 / n), resamples) / n
-    by_seed = np.stack([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs])
-    seeds = rng.integers(len(pairs), size=(len(pairs), resamples))
-    draws = np.take_along_axis(by_seed, seeds, 0).mean(0)
-    return estimate, *map(float, np.quantile(draws, [0.025, 0.975]))
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples) / n
+    draws = np.mean([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs], 0)
+    if seeds == 1:
+        return estimate, *map(float, np.quantile(draws, [0.025, 0.975]))
+    half = stats.t.ppf(0.975, seeds - 1) * np.sqrt(differences.var(ddof=1) / seeds + draws.var())
+    return estimate, float(estimate - half), float(estimate + half)
 
 
 def table(results, base, shown, against="plain"):
