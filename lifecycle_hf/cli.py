@@ -246,9 +246,8 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
             values = toyworld.measure(model, tokenizer, n=script_args.measure_rows, seed=0)
         elif capability:
             rows = held_out(texts, script_args.measure_rows)
-            chats = rows["messages"] if "messages" in rows.column_names else []
-            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] or list(rows["text"])
-            values = {"perplexity": perplexity(model, tokenizer, rendered)}
+            column = "messages" if "messages" in rows.column_names else "text"
+            values = {"perplexity": perplexity(model, tokenizer, list(rows[column]))}
         return {row: evaluation.get(metric, math.nan) for row, (metric, _) in evaluated.items()} | values
 
     better = {row: higher for row, (_, higher) in evaluated.items()} | capability

@@ -1,6 +1,7 @@
 """What a checkpoint is worth: capability and alignment metrics asked for by name, for any model there is."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,23 +31,25 @@ from lifecycle_hf.models.loading import load_causal_lm, load_reward_model, load_
 from lifecycle_hf.rewards import CallableReward, Samples
 from lifecycle_hf.rollouts import generate, stop_token_ids
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?<!\d)-?\d+(?:\.\d+)?"
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass
 class Result:
-    """Values by name, whether more of each is better, (confidence, correct) of each set of questions, and the names of
-    the alignment metrics."""
+    """Values by name, whether more of each is better, (confidence, correct) of each set of questions, and the names by
+    side: what alignment is for, what capability pays for it."""
 
     values: dict[str, float] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     confidences: dict[str, tuple] = field(default_factory=dict)
-    alignment: list[str] = field(default_factory=list)
+    sides: dict[str, list[str]] = field(default_factory=lambda: {"alignment": [], "capability": []})
 
-    def add(self, name: str, value: float, higher: bool, alignment: bool = False) -> None:
-        """Takes in a metric; `alignment` tells what alignment is for from capability, which pays for it."""
+    def add(self, name: str, value: float, higher: bool, side: str | None = "capability") -> None:
+        """Takes in a metric; `side` is None where it is on neither."""
         self.values[name], self.higher_is_better[name] = value, higher
-        self.alignment += [name] * alignment
+        if side:
+            self.sides[side].append(name)
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Evaluation:
         max_new_tokens, temperature, seed: of sampling; answers of exact_match are decoded greedily.
 
     Raises:
-        ValueError: a kind that is not known, or alignment metrics without prompts.
+        ValueError: a kind that is not known, a metric named twice, or alignment metrics without prompts.
     """
 
     capability: Sequence[str]
@@ -83,41 +86,47 @@ class Evaluation:
             kind, _, data = spec.partition(":")
             if spec != "toyworld" and (kind not in kinds or not data):
                 raise ValueError(f"capability: {spec!r} is neither toyworld nor KIND:DATA, KIND one of {kinds}.")
+        for side in (self.capability, self.alignment):
+            twice = next((spec for spec in side if list(side).count(spec) > 1), None)
+            if twice:
+                raise ValueError(f"{twice!r} is asked for twice: name each metric once.")
         if self.alignment and not self.prompts:
             raise ValueError("alignment: its metrics need prompts to answer (--prompts DATA).")
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A checkpoint of any kind, on the accelerator where there is one."""
         kwargs = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} if self.dtype else {}
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return load_causal_lm(name, init_kwargs=kwargs).to(device).eval(), load_tokenizer(name)
+        return load_causal_lm(name, init_kwargs=kwargs).to(_device()).eval(), load_tokenizer(name)
 
     def measure(self, model, tokenizer, reference: PreTrainedModel | None = None) -> Result:
         """Everything asked for; `drift` only against a `reference` that shares the tokenizer."""
         result = Result()
         for spec in self.capability:
-            kind, _, data = spec.partition(":")
-            getattr(self, f"_{kind}")(result, model, tokenizer, data)
+            getattr(self, f"_{spec.partition(':')[0]}")(result, model, tokenizer, spec)
         if self.alignment:
             self._alignment(result, model, tokenizer, reference)
         return result
 
-    def _toyworld(self, result, model, tokenizer, data):
+    def _toyworld(self, result, model, tokenizer, spec):
         from lifecycle_hf import toyworld
 
         measured = toyworld.measure(model, tokenizer, n=self.rows, seed=self.seed)
         for name in sorted(measured, key="perplexity".__ne__):  # the capability that a Pareto front is drawn of
-            result.add(name, measured[name], cli.TOYWORLD[name], alignment=name in ("gold_reward", "refusal_rate"))
+            side = "alignment" if name in ("gold_reward", "refusal_rate") else "capability"
+            result.add(name, measured[name], cli.TOYWORLD[name], side)
         self._choices(result, model, tokenizer, "facts and sums", toyworld.questions())
 
-    def _perplexity(self, result, model, tokenizer, data):
-        name, column, rows = self._rows(data, "text", "ptx")
-        texts = [x if isinstance(x, str) else tokenizer.apply_chat_template(x, tokenize=False) for x in rows[column]]
-        result.add(f"perplexity {name}", perplexity(model, tokenizer, texts, batch_size=self.batch_size), False)
+    def _perplexity(self, result, model, tokenizer, spec):
+        column, rows = self._rows(spec, "text", "ptx")
+        value = perplexity(model, tokenizer, list(rows[column]), batch_size=self.batch_size)
+        result.add(f"perplexity {self._titles[spec]}", value, False)
 
-    def _multiple_choice(self, result, model, tokenizer, data):
-        name, _, rows = self._rows(data, "question", "sft")
-        self._choices(result, model, tokenizer, name, rows)
+    def _multiple_choice(self, result, model, tokenizer, spec):
+        _, rows = self._rows(spec, "question", "sft", "choices", "answer")
+        for i, (answer, choices) in enumerate(zip(rows["answer"], rows["choices"])):
+            if not (isinstance(answer, int) or answer in choices):
+                raise ValueError(f"{spec}: the answer of row {i}, {answer!r}, is none of its choices, {choices}.")
+        self._choices(result, model, tokenizer, self._titles[spec], rows)
 
     def _choices(self, result, model, tokenizer, name, rows):
         labels = [a if isinstance(a, int) else c.index(a) for a, c in zip(rows["answer"], rows["choices"])]
@@ -133,25 +142,38 @@ class Evaluation:
         result.add(f"NLL of the answer {name}", negative_log_likelihood(p, answered.labels), False)
         result.confidences[name] = confidence, correct
 
-    def _exact_match(self, result, model, tokenizer, data):
-        name, column, rows = self._rows(data, "answer", "sft")
+    def _exact_match(self, result, model, tokenizer, spec):
+        column, rows = self._rows(spec, "answer", "sft", "question")
         ids = [encode_prompt(tokenizer, question) for question in rows["question"]]
         answers, _ = self._sample(model, tokenizer, ids, temperature=0.0)
-        result.add(f"exact match {name}", exact_match(answers, list(rows[column]), pattern=NUMBER), True)
+        texts = ([THOUSANDS.sub("", text) for text in side] for side in (answers, rows[column]))
+        result.add(f"exact match {self._titles[spec]}", exact_match(*texts, pattern=NUMBER), True)
 
-    def _lm_eval(self, result, model, tokenizer, task):
+    def _lm_eval(self, result, model, tokenizer, spec):
+        task = spec.partition(":")[2]
         values, higher = lm_eval_tasks(model, tokenizer, [task], limit=self.rows, batch_size=self.batch_size)
         for name, value in values.items():
             result.add(name, value, higher[name])
 
-    def _rows(self, spec, column, stage) -> tuple[str, str, Dataset]:
-        """(short name, column, rows) of DATA[:COLUMN]."""
-        data, _, named = spec.partition(":")
-        column = named or column
+    def _rows(self, spec, column, stage, *needed) -> tuple[str, Dataset]:
+        """(column, rows) of KIND:DATA[:COLUMN]; `needed` columns are there, too."""
+        _, data, *named = spec.split(":", 2)
+        column = named[0] if named else column
         rows = cli.held_out(cli.load_test(data, stage), self.rows)
-        if column not in rows.column_names:
-            raise ValueError(f"capability: {data} has no column {column!r}; it has {rows.column_names}.")
-        return Path(data).name.split(".")[0], column, rows
+        for name in (column, *needed):
+            if name not in rows.column_names:
+                raise ValueError(f"capability: {data} has no column {name!r}; it has {rows.column_names}.")
+        return column, rows
+
+    @cached_property
+    def _titles(self) -> dict[str, str]:
+        """What a spec's metrics are named by: the last part of its data's name, all of it where two share that."""
+        parts = {spec: spec.partition(":")[::2] for spec in self.capability}
+        short = {spec: (kind, Path(data.partition(":")[0]).name.split(".")[0]) for spec, (kind, data) in parts.items()}
+        parts |= {spec: ("", spec) for spec in self.alignment}
+        short |= {spec: ("", re.split("[:/]", spec.rstrip("/"))[-1]) for spec in self.alignment}
+        names = list(short.values())
+        return {spec: name[1] if names.count(name) == 1 else parts[spec][1] for spec, name in short.items()}
 
     def _sample(self, model, tokenizer, ids, temperature) -> tuple[list[str], list[list[int]]]:
         completions = generate(
@@ -177,8 +199,7 @@ class Evaluation:
         for spec in self.alignment:
             if spec not in ("diversity", "drift"):
                 reward = cli.resolve_reward(spec)
-                name = spec.rpartition(":")[2].rstrip("/").rpartition("/")[2]
-                name = "reward model" if spec == "toyworld" else name
+                name = "reward model" if spec == "toyworld" else self._titles[spec]
                 found[name] = CallableReward(reward) if callable(reward) else _model_reward(reward, self.batch_size)
         return found
 
@@ -189,19 +210,23 @@ class Evaluation:
         columns = {name: list(data[name]) for name in data.column_names if name != "prompt"}
         samples = Samples(list(data["prompt"]), texts, columns)
         for name, score in self._rewards.items():
-            result.add(name, Measurement(score(samples)), True, alignment=True)
+            result.add(name, Measurement(score(samples)), True, "alignment")
         if "diversity" in self.alignment:
-            result.add("token entropy (nats)", token_entropy(model, ids, completions, **size), True)
+            result.add("token entropy (nats)", token_entropy(model, ids, completions, **size), True, None)
             for n in (1, 2):
-                result.add(f"distinct-{n}", distinct_n(texts, n), True)
-            result.add("self-BLEU", self_bleu(texts), False)
+                result.add(f"distinct-{n}", distinct_n(texts, n), True, None)
+            result.add("self-BLEU", self_bleu(texts), False, None)
         if "drift" in self.alignment and reference is not None:
             for name, value in kl_to_reference(model, reference, ids, completions, **size).items():
-                result.add("KL per token (nats)" if "token" in name else "KL (nats per sequence)", value, False)
+                result.add("KL per token (nats)" if "token" in name else "KL (nats per sequence)", value, False, None)
+
+
+def _device() -> torch.device | str:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 
 def _model_reward(name: str, batch_size: int):
-    reward = load_reward_model(name)
+    reward = load_reward_model(name).to(_device())
 
     @torch.no_grad()
     def score(samples: Samples) -> list[float]:
@@ -278,15 +303,11 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 
 def _pareto(results: dict[str, Result], path: Path) -> dict | None:
-    """Draw and describe the front; None where there is no metric on either side."""
+    """Draw and describe the front; None where a side has no metric."""
     first = next(iter(results.values()))
-    sides = {
-        "alignment": first.alignment,
-        "capability": [name for name in first.values if name not in first.alignment],
-    }
-    if not all(sides.values()):
+    if not all(first.sides.values()):
         return None
-    names = {side: metrics[0] for side, metrics in sides.items()}
+    names = {side: metrics[0] for side, metrics in first.sides.items()}
     signs = {side: 1 if first.higher_is_better[name] else -1 for side, name in names.items()}
     rows = [{"label": label} for label in results]
     for row, result in zip(rows, results.values()):

@@ -37,7 +37,7 @@ def parse(argv=None):
     parser.add_argument("--temperature", type=float, default=1.0, help="of the answers for --alignment (1)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--dtype", help="auto, float32, bfloat16, ... (float32)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="float32 by default")
     parser.add_argument("--output_dir", default="output/alignment_tax")
     args = parser.parse_args(argv)
     if args.base == "toyworld":
@@ -47,7 +47,8 @@ def parse(argv=None):
         if not args.aligned and Path(DEFAULT_ALIGNED, "config.json").exists():
             args.aligned = [DEFAULT_ALIGNED]
     if not args.aligned:
-        parser.error(f"no ALIGNED model given, and {DEFAULT_ALIGNED} holds none: run `python recipes/ppo.py` first.")
+        first = f"run `python recipes/ppo.py`, whose model in {DEFAULT_ALIGNED} is the default, or name some."
+        parser.error(f"no ALIGNED model given: {first if args.base == 'toyworld' else 'name what became of BASE.'}")
     if not (args.capability or args.alignment):
         parser.error("nothing to measure: give --capability or --alignment.")
     return args
@@ -65,5 +66,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"alignment_tax.py: {error}")

@@ -72,6 +72,35 @@ def test_a_full_model_and_an_adapter_against_their_base(world):
     assert {path.name for path in Path("tax").glob("*.png")} == {"pareto.png", *reliability}
 
 
+def test_metrics_of_the_same_short_name_stay_apart(world):
+    (world / "other").mkdir()
+    write_rows(world / "other" / "texts.jsonl", [{"words": "Hello", "more": "Two and three"}])
+    specs = ["perplexity:texts.jsonl:words", "perplexity:other/texts.jsonl:words", "perplexity:other/texts.jsonl:more"]
+    evaluation = Evaluation(specs)
+    values = evaluation.measure(*evaluation.load("base")).values
+    assert list(values) == [spec.replace(":", " ", 1) for spec in specs] and len(set(values.values())) == 3
+
+
+def test_diversity_is_no_capability_that_a_front_is_drawn_of(world):
+    measure_tax(Evaluation([], **ALIGNMENT, max_new_tokens=8), "base", ["aligned", "adapter"], "tax")
+    assert json.loads(Path("tax/report.json").read_text())["pareto"] is None
+
+
+def test_numbers_with_commas_and_words_match(world):
+    """1,200 and 1200 are the same, a comma between clauses is none of the number's, and words are compared as such."""
+    answers = ["so 1,200", "it is 1200, or so", "3, no: 5", "Paris", "10-3"]
+    references = ["1200", "#### 1,200", "5", "Paris", "3"]
+    write_rows(world / "mixed.jsonl", [{"question": "?", "answer": reference} for reference in references])
+
+    class Answers(Evaluation):
+        def _sample(self, *args, **options):
+            return answers, None
+
+    evaluation = Answers(["exact_match:mixed.jsonl"])
+    value = evaluation.measure(*evaluation.load("base")).values["exact match mixed"]
+    assert value.columns[:, 0].tolist() == [1, 1, 1, 1, 1]
+
+
 def test_a_model_against_itself_has_no_tax(world):
     (report,) = measure_tax(Evaluation(CAPABILITY, **ALIGNMENT, max_new_tokens=8), "base", ["./base/"], "tax").values()
     assert all(row["tax"] == 0 for row in report.rows())
@@ -97,10 +126,14 @@ def test_the_recipe(world, capsys):
         ({"capability": ["perplexty:texts.jsonl"]}, "'perplexty:texts.jsonl' is neither"),
         ({"capability": ["perplexity:"]}, "is neither"),
         ({"capability": ["perplexity:texts.jsonl"]}, r"no column 'text'; it has \['words'\]"),
+        ({"capability": ["exact_match:texts.jsonl:words"]}, r"no column 'question'; it has \['words'\]"),
+        ({"capability": ["multiple_choice:unasked.jsonl"]}, "the answer of row 1, 'six', is none of its choices"),
+        ({"capability": ["lm_eval:arc", "lm_eval:arc"]}, "'lm_eval:arc' is asked for twice"),
         ({"capability": [], "alignment": ["diversity"]}, "need prompts"),
     ],
 )
 def test_what_cannot_be_measured(world, options, words):
+    write_rows(world / "unasked.jsonl", [QUESTIONS[0], QUESTIONS[1] | {"answer": "six"}])
     with pytest.raises(ValueError, match=words):
         measure_tax(Evaluation(**options), "base", ["aligned"], "tax")
 

@@ -39,17 +39,12 @@ def words(text: str) -> list[str]:
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words / all n-grams, over all texts together; it falls as texts grow in number and length.
 
-    A plain number: among resampled texts some stand twice, which would bias it.
-
-    Raises:
-        ValueError: no text has n words.
+    A plain number: among resampled texts some stand twice, which would bias it. 0 where no text has n words.
 
     Reference: https://arxiv.org/abs/1510.03055, section 4.3.
     """
     counts = Counter(gram for text in texts for gram in _ngrams(words(text), n))
-    if not counts:
-        raise ValueError(f"distinct_n: none of {len(texts)} texts has {n} words.")
-    return len(counts) / counts.total()
+    return len(counts) / counts.total() if counts else 0.0
 
 
 def self_bleu(texts: Sequence[str], *, max_n: int = 4) -> Measurement:

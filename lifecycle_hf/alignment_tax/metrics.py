@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.alignment_tax.bootstrap import Measurement, exp_ratio, ratio
 from lifecycle_hf.data.collators import length_mask, pad_sequences
-from lifecycle_hf.data.tokenize import encode_prompt
+from lifecycle_hf.data.tokenize import encode_complete, encode_prompt
 from lifecycle_hf.objectives.policy import kl_estimate
 
 
@@ -49,25 +49,21 @@ def row_logits(
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | list[dict]],
     *,
     batch_size: int = 8,
     max_length: int = 512,
 ) -> Measurement:
     """exp(Σ −log p(x_t | x_<t) / number of predicted tokens), over all tokens of all texts, not a mean of means.
 
-    Each text is tokenised with its special tokens, ended at an EOS where the tokenizer has one, and cut to
-    `max_length` tokens; its first token is given, not predicted. The model's mode (train or eval) is left as it was.
-    The items are (Σ −log p, predicted tokens) of each text.
+    Each text, or conversation, is tokenised with its special tokens, ended at an EOS where the tokenizer has one (see
+    `encode_complete`), and cut to `max_length` tokens; its first token is given, not predicted. The model's mode
+    (train or eval) is left as it was. The items are (Σ −log p, predicted tokens) of each text.
 
     Raises:
         ValueError: no text has two tokens, so nothing can be predicted.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        rows.append((ids if ids[-1:] == end else [*ids, *end])[:max_length])
+    rows = [encode_complete(tokenizer, text)[:max_length] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError(
@@ -154,9 +150,15 @@ def _encode_choice(tokenizer, question, choice) -> tuple[list[int], list[int]]:
     if not isinstance(question, str):
         return encode_prompt(tokenizer, question), tokenizer(choice, add_special_tokens=False)["input_ids"]
     context = question.rstrip()
-    ids = tokenizer(f"{context}{question[len(context) :] or ' '}{choice}")["input_ids"]
-    start = len(tokenizer(context)["input_ids"])
+    ids = _unended(tokenizer, f"{context}{question[len(context) :] or ' '}{choice}")
+    start = len(_unended(tokenizer, context))
     return ids[:start], ids[start:]
+
+
+def _unended(tokenizer, text) -> list[int]:
+    """Token ids without the EOS that some tokenizers append; one that stands alone opens the text."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None) -> Measurement:
@@ -164,15 +166,22 @@ def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: s
 
     Args:
         pattern: regular expression whose last match (its first group, if it has one) is what is compared, on either
-            side; an answer without a match is wrong, a reference without one stands as it is.
+            side. Where the reference has a match, an answer without one is wrong; where it has none, whole texts are
+            compared.
     """
 
-    def read(text, otherwise):
+    def last(text):
         found = re.findall(pattern, text) if pattern else [text]
-        last = found[-1] if found else otherwise
-        return (last[0] if isinstance(last, tuple) else last).strip()
+        match = found[-1] if found else None
+        return match[0] if isinstance(match, tuple) else match
 
-    return Measurement([read(a, "\0") == read(r, r) for a, r in zip(answers, references, strict=True)])
+    def right(answer, reference):
+        one, other = last(answer), last(reference)
+        if other is None:
+            one, other = answer, reference
+        return one is not None and one.strip() == other.strip()
+
+    return Measurement([right(*pair) for pair in zip(answers, references, strict=True)])
 
 
 def kl_to_reference(

@@ -72,7 +72,7 @@ def encode_complete(tokenizer: PreTrainedTokenizerBase, text: str | list[dict]) 
     eos = tokenizer.eos_token_id
     if isinstance(text, str):
         ids = tokenizer(text)["input_ids"]
-        return ids if ids and ids[-1] == eos else [*ids, eos]
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
     ids = list(tokenizer.apply_chat_template(text, return_dict=True)["input_ids"])
     end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
     return ids[:end] if not tokenizer.decode(ids[end:]).strip() else ids

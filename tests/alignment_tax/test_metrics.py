@@ -59,6 +59,17 @@ def test_padding_does_not_matter_to_a_real_model(tiny_llama):
         assert value == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+def test_a_conversation_begins_and_ends_once(tiny_llama):
+    """The template writes BOS and EOS itself: −log p of exactly its ids, up to the last EOS."""
+    make_model, tokenizer = tiny_llama
+    model = make_model(initializer_range=0.2)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    ids = torch.tensor([ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]])
+    nll = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    assert perplexity(model, tokenizer, [chat]) == pytest.approx(nll.exp().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("texts", [[], [""]])
 def test_nothing_to_predict(texts):
     with pytest.raises(ValueError, match=f"perplexity got {len(texts)} texts, none of two tokens or more"):
@@ -82,6 +93,17 @@ def test_multiple_choice_by_hand():
     assert answered.acc.columns[:, 0].tolist() == [0, 1] and answered.acc_norm.columns[:, 0].tolist() == [1, 1]
     expected = [[4 / 8, 3 / 8, 1 / 8], [1 / 7, 6 / 7, 0]]
     assert np.allclose(answered.probabilities, expected, atol=1e-6) and answered.labels.tolist() == [1, 1]
+
+
+def test_an_end_that_the_tokenizer_appends_is_no_part_of_a_choice():
+    """After a, b: 1/4 against a: 1/2; with the end appended the choices would be b$ after a$."""
+
+    class Ended(Plain):
+        def __call__(self, text):
+            return {"input_ids": [*super().__call__(text)["input_ids"], self.eos_token_id]}
+
+    answered = multiple_choice(Bigram(TABLE), Ended(), ["a"], [["b", "a"]], [1])
+    assert np.allclose(answered.probabilities, [[1 / 3, 2 / 3]], atol=1e-6)
 
 
 class Plain(Letters):
@@ -108,8 +130,11 @@ def test_questions_that_cannot_be_asked(questions, choices, labels, options, wor
 
 def test_exact_match():
     assert exact_match([" 4 ", "5"], ["4", "4"]).columns[:, 0].tolist() == [1, 0]
-    answers, references = ["so 3, no: 1,200", "none", ""], ["… #### 1,200", "none", ""]
-    assert exact_match(answers, references, pattern=r"(-?\d[\d,]*)").columns[:, 0].tolist() == [1, 0, 0]
+    pattern = r"(-?\d[\d,]*)"
+    answers, references = ["so 3, no: 1,200", "none", "5"], ["… #### 1,200", "… #### 5", "so 5"]
+    assert exact_match(answers, references, pattern=pattern).columns[:, 0].tolist() == [1, 0, 1]
+    answers, references = [" Paris ", "Paris, 1789", ""], ["Paris", "Paris", ""]  # no match in any reference
+    assert exact_match(answers, references, pattern=pattern).columns[:, 0].tolist() == [1, 0, 1]
 
 
 def test_kl_by_hand():
