@@ -15,14 +15,24 @@ from lifecycle_hf.trainers.options import MitigationOptions
 
 NEEDS_TEXTS = ("ptx_coef", "ptx_ceiling", "ewc_coef", "projection")
 WHOLE = ("ptx_batch_size", "ptx_max_length", "ewc_rows", "projection_k", "projection_batches", "projection_every")
+SERVES = {"ptx_rate": "ptx_ceiling", "ewc": "ewc_coef", "ewc_rows": "ewc_coef"}
+"""Options that do nothing without another, as those of the projection do without `projection`."""
 SEEDS = {"ptx": 0, "ewc": 1, "projection": 2}
 """Added to the run's, so that each has texts in an order of its own."""
 
 
 def mitigations_in_force(args) -> dict[str, object]:
-    """{option: value} of the [`MitigationOptions`] in `args` that are not at their defaults."""
+    """{option: value} of the [`MitigationOptions`] in `args` that are not at their defaults and have an effect."""
     options = fields(MitigationOptions) if isinstance(args, MitigationOptions) else ()
-    return {item.name: getattr(args, item.name) for item in options if getattr(args, item.name) != item.default}
+    changed = {item.name: getattr(args, item.name) for item in options if getattr(args, item.name) != item.default}
+    readers = _readers(changed)
+    acts = {"ptx_max_length": readers, "ptx_batch_size": [name for name in readers if name != "ewc_coef"]}
+    return {name: value for name, value in changed.items() if acts.get(name, True)}
+
+
+def _readers(changed: dict[str, object]) -> list[str]:
+    """What reads texts, of the options that are not at their defaults."""
+    return [name for name in NEEDS_TEXTS if name in changed and not (name == "ewc_coef" and "ewc" in changed)]
 
 
 def check_mitigations(args: MitigationOptions, dataset: Dataset | None) -> None:
@@ -37,9 +47,19 @@ def check_mitigations(args: MitigationOptions, dataset: Dataset | None) -> None:
     for name in ("ptx_coef", "ewc_coef", "ptx_rate"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"{name}={getattr(args, name)} must not be negative.")
-    if args.ewc and not args.ewc_coef:
-        raise ValueError(f"ewc={args.ewc!r} does nothing while ewc_coef is 0: set its weight.")
-    wanted = [name for name in NEEDS_TEXTS if getattr(args, name) and not (name == "ewc_coef" and args.ewc)]
+    changed = mitigations_in_force(args)
+    for name, value in changed.items():
+        served = "projection" if name.startswith("projection_") else SERVES.get(name, name)
+        if served not in changed:
+            raise ValueError(
+                f"{name}={value!r} does nothing while {served} is {getattr(args, served)}: set {served}, or leave "
+                f"{name} out."
+            )
+    if {"ewc", "ewc_rows"} <= changed.keys():
+        raise ValueError(
+            f"ewc_rows={args.ewc_rows} does nothing beside ewc={args.ewc!r}, whose Fisher is known: leave one out."
+        )
+    wanted = _readers(changed)
     if wanted and dataset is None:
         raise ValueError(
             f"{wanted[0]}={getattr(args, wanted[0])} is set, but ptx_dataset is not: give the texts to protect, or "
@@ -74,13 +94,13 @@ def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
     if args.ewc_coef > 0:
         trainer.check_auxiliary("ewc")
         policy = active_policy(trainer.model)
-        if args.ewc:
+        if args.ewc is not None:
             ewc = EWC.load(args.ewc, policy, device=args.device)
         else:
             rows = texts("ewc", 1, reduction="sum")
             ewc = EWC.estimate(policy, (rows(policy) for _ in range(args.ewc_rows)))
         trainer.add_auxiliary_loss("ewc", ewc, args.ewc_coef)
-    if args.projection:
+    if args.projection is not None:
         options = {name: getattr(args, f"projection_{name}") for name in ("k", "batches", "every", "when", "scope",
                                                                             "refresh")}  # fmt: skip
         loss = texts("projection", args.ptx_batch_size)

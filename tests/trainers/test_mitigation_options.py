@@ -1,14 +1,17 @@
 """Mitigations by option: each trainer takes each of them, and what they do to a step is what their formula says."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
 from trainer_setting import MAKE, SGD
 
+from lifecycle_hf import DPOConfig
 from lifecycle_hf.alignment_tax.ewc import EWC
 from lifecycle_hf.trainers.capability import CapabilityLoss
+from lifecycle_hf.trainers.mitigations import check_mitigations, mitigations_in_force
 
 NAMES = [name for name in MAKE if name != "reward"]
 FACTS = Dataset.from_dict({"text": [f"the capital of land {i} is city {i}" for i in range(4)]})
@@ -101,6 +104,7 @@ def test_a_ceiling_raises_its_multiplier_while_it_is_broken(tiny_llama, tmp_path
         ({"ewc": "fisher.safetensors"}, "does nothing while ewc_coef is 0"),
         ({"projection": "update", "projection_k": 0, "ptx_dataset": FACTS}, "projection_k=0 must be at least 1"),
         ({"projection": "steps", "ptx_dataset": FACTS}, "level='steps'; choose one of gradient, update"),
+        ({"ptx_ceiling": 0.0}, "ptx_ceiling=0.0 is set, but ptx_dataset is not"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(tiny_llama, tmp_path, options, message):
@@ -125,3 +129,41 @@ def test_ppo_mixes_its_own_pretraining_loss_under_fsdp(tiny_llama, tmp_path):
     run.is_fsdp_enabled = True
     run.protect(FACTS, mixes=True)
     assert not run._auxiliary
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projection_every": 2}, "projection_every=2 does nothing while projection is None"),
+        (
+            {"projection_when": "conflict", "ptx_coef": 1.0},
+            "projection_when='conflict' does nothing while projection is",
+        ),
+        ({"ewc": "fisher.safetensors"}, "ewc='fisher.safetensors' does nothing while ewc_coef is 0"),
+        ({"ewc_rows": 8, "ptx_coef": 1.0}, "ewc_rows=8 does nothing while ewc_coef is 0"),
+        ({"ewc_rows": 8, "ewc": "fisher.safetensors", "ewc_coef": 1.0}, "ewc_rows=8 does nothing beside ewc="),
+        ({"ptx_rate": 0.5, "ptx_coef": 1.0}, "ptx_rate=0.5 does nothing while ptx_ceiling is None"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_mitigations(DPOConfig("output", use_cpu=True, **options), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "listed"),
+    [
+        ({}, set()),
+        ({"ptx_coef": 0.5}, {"ptx_coef", "ptx_batch_size", "ptx_max_length"}),
+        ({"ptx_ceiling": 0.0, "ptx_rate": 1.0}, {"ptx_ceiling", "ptx_rate", "ptx_batch_size", "ptx_max_length"}),
+        ({"projection": "update"}, {"projection", "ptx_batch_size", "ptx_max_length"}),
+        ({"ewc_coef": 1.0, "ewc_rows": 8}, {"ewc_coef", "ewc_rows", "ptx_max_length"}),
+        ({"ewc_coef": 1.0, "ewc": "fisher.safetensors"}, {"ewc_coef", "ewc"}),
+    ],
+)
+def test_the_card_lists_what_acts(options, listed):
+    args = DPOConfig("output", use_cpu=True, ptx_batch_size=4, ptx_max_length=64, **options)
+    assert mitigations_in_force(args) == {name: getattr(args, name) for name in listed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        check_mitigations(args, FACTS)
