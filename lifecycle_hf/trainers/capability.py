@@ -70,13 +70,14 @@ class CapabilityLoss:
         dataset: text, chat or prompt-completion rows, as for `tokenize_texts`.
         batch_size: rows per process and call.
         max_length: cut rows to this many tokens.
+        where, strict: what errors and warnings call the dataset, and whether a row that can't be used is an error.
         rank, world_size: by default those of torch.distributed at the first call, or 0 of 1.
 
     Attributes:
         position: calls so far, the state to resume from.
 
     Raises:
-        ValueError: batch_size below 1, or no row to learn from.
+        ValueError: batch_size below 1, or as [`prepare_texts`].
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class CapabilityLoss:
         max_length: int = 512,
         reduction: str = "mean",
         seed: int = 0,
+        where: str = "the capability dataset",
+        strict: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -95,7 +98,7 @@ class CapabilityLoss:
             raise ValueError(f"CapabilityLoss: batch_size={batch_size} must be at least 1.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"CapabilityLoss: reduction={reduction!r} is unknown: choose 'mean' or 'sum'.")
-        texts = prepare_texts(dataset, tokenizer, max_length=max_length, where="the capability dataset")
+        texts = prepare_texts(dataset, tokenizer, max_length=max_length, where=where, strict=strict)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.rows = PretrainingRows(
             texts, batch_size=batch_size, pad_token_id=pad, seed=seed, rank=rank, world_size=world_size

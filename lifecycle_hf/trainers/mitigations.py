@@ -83,8 +83,9 @@ def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
     check_mitigations(args, dataset)
 
     def texts(use: str, batch_size: int | None, **options) -> CapabilityLoss:
-        size = {"batch_size": batch_size or args.per_device_train_batch_size, "max_length": args.ptx_max_length}
-        return CapabilityLoss(dataset, trainer.processing_class, seed=args.seed + SEEDS[use], **size, **options)
+        options |= {"batch_size": batch_size or args.per_device_train_batch_size, "max_length": args.ptx_max_length}
+        options |= {"where": "ptx_dataset", "strict": getattr(args, "strict_data", False)}
+        return CapabilityLoss(dataset, trainer.processing_class, seed=args.seed + SEEDS[use], **options)
 
     if args.ptx_ceiling is not None:
         weight = LagrangeMultiplier(args.ptx_ceiling, rate=args.ptx_rate, initial=args.ptx_coef)

@@ -15,6 +15,7 @@ from lifecycle_hf.trainers.mitigations import check_mitigations, mitigations_in_
 
 NAMES = [name for name in MAKE if name != "reward"]
 FACTS = Dataset.from_dict({"text": [f"the capital of land {i} is city {i}" for i in range(4)]})
+EMPTY = Dataset.from_dict({"text": ["a fact", ""]})
 EXACT = {"per_device_train_batch_size": 4, "ptx_batch_size": 4}
 """All texts in every batch, so that the gradient of their loss is known."""
 
@@ -105,6 +106,8 @@ def test_a_ceiling_raises_its_multiplier_while_it_is_broken(tiny_llama, tmp_path
         ({"projection": "update", "projection_k": 0, "ptx_dataset": FACTS}, "projection_k=0 must be at least 1"),
         ({"projection": "steps", "ptx_dataset": FACTS}, "level='steps'; choose one of gradient, update"),
         ({"ptx_ceiling": 0.0}, "ptx_ceiling=0.0 is set, but ptx_dataset is not"),
+        ({"ptx_coef": 0.5, "ptx_dataset": EMPTY, "strict_data": True}, "ptx_dataset: 1 of 2 rows"),
+        ({"ewc_coef": 0.5, "ptx_dataset": EMPTY, "strict_data": True}, "ptx_dataset: 1 of 2 rows"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(tiny_llama, tmp_path, options, message):
@@ -137,7 +140,7 @@ def test_ppo_mixes_its_own_pretraining_loss_under_fsdp(tiny_llama, tmp_path):
         ({"projection_every": 2}, "projection_every=2 does nothing while projection is None"),
         (
             {"projection_when": "conflict", "ptx_coef": 1.0},
-            "projection_when='conflict' does nothing while projection is",
+            "projection_when='conflict' does nothing while",
         ),
         ({"ewc": "fisher.safetensors"}, "ewc='fisher.safetensors' does nothing while ewc_coef is 0"),
         ({"ewc_rows": 8, "ptx_coef": 1.0}, "ewc_rows=8 does nothing while ewc_coef is 0"),
