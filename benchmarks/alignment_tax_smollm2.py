@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from alignment_tax import table, train, verdicts
+from alignment_tax import interpolated, table, train, verdicts
 from measuring import prepare, read_rows
 
 REWARD = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -81,7 +81,6 @@ def write_data(pairs, maths, folder):
 
 
 def main(args):
-    from lifecycle_hf.alignment_tax.interpolation import interpolate
     from lifecycle_hf.evaluation import Evaluation
 
     folder = Path(args.output_dir).resolve()
@@ -94,7 +93,7 @@ def main(args):
     model, prompts = str(Path(args.model).resolve()), str(folder / "prompts")
     options = {
         "config": "recipes/configs/ppo_smollm2.yaml", "model_name_or_path": model, "dataset_name": prompts,
-        "reward_funcs": "sentiment:positive", "ptx_dataset_name": folder / "solutions", "ptx_batch_size": 4,
+        "reward_funcs": "sentiment:positive", "ptx_dataset_name": str(folder / "solutions"), "ptx_batch_size": 4,
         "ptx_max_length": 128, "ptx_coef": 0, "max_prompt_length": 64, "max_completion_length": 24,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_mini_batches": 1, "ppo_epochs": 2,
         "max_steps": 2 * args.updates, "learning_rate": 1e-3, "value_learning_rate": 3e-3, "kl_coef": 0.01,
@@ -111,9 +110,7 @@ def main(args):
         made = train("ppo", name, options | more, 0, folder / name.replace(", ", "_").replace(" ", "_"))
         results[name] = [evaluation.measure(*evaluation.load(str(made)), reference)]
     for alpha in (0.3, 0.6):
-        made = folder / f"alpha_{alpha}"
-        if not made.exists():
-            interpolate(model, folder / "plain", alpha, made)
+        made = interpolated(folder / "plain", alpha, model)
         results[f"interpolation, {alpha}"] = [evaluation.measure(*evaluation.load(str(made)), reference)]
     base = evaluation.measure(*evaluation.load(model), reference)
     judged = {name: SHOWN[name] for name in list(SHOWN)[:3]}
