@@ -7,6 +7,8 @@ Your own, local or Hub names, full checkpoints or PEFT adapters:
     python recipes/alignment_tax.py BASE ALIGNED ALIGNED2 --output_dir output/tax
         --capability perplexity:TEXTS.jsonl:text multiple_choice:QUESTIONS.jsonl lm_eval:arc_easy
         --alignment REWARD_MODEL MODULE:FUNCTION diversity drift --prompts PROMPTS
+And how far to walk back from ALIGNED to BASE:
+    python recipes/alignment_tax.py BASE ALIGNED --interpolate 0.2 0.4 0.6 0.8 ...
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 from lifecycle_hf import cli
+from lifecycle_hf.alignment_tax.interpolation import interpolate
 from lifecycle_hf.evaluation import Evaluation, measure_tax
 
 DEFAULT_ALIGNED = "output/ppo"
@@ -27,6 +30,10 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="toyworld", help="`toyworld`: its SFT model, built when absent")
     parser.add_argument("aligned", nargs="*", help=f"of the toy world {DEFAULT_ALIGNED} by default")
+    parser.add_argument(
+        "--interpolate", nargs="+", type=float, default=[], metavar="ALPHA",
+        help="measure BASE + ALPHA·(ALIGNED − BASE), too, which is written to --output_dir"
+    )  # fmt: skip
     parser.add_argument("--capability", nargs="+", metavar="KIND:DATA", help=CAPABILITY)
     parser.add_argument(
         "--alignment", nargs="+", metavar="REWARD", help="reward models, MODULE:FUNCTION, `diversity`, `drift`"
@@ -55,9 +62,15 @@ def parse(argv=None):
 
 
 def main(args):
-    asked = {name: value for name, value in vars(args).items() if name not in ("base", "aligned", "output_dir")}
+    own = ("base", "aligned", "interpolate", "output_dir")
+    asked = {name: value for name, value in vars(args).items() if name not in own}
     evaluation = Evaluation(**asked | {"capability": args.capability or [], "alignment": args.alignment or []})
-    reports = measure_tax(evaluation, cli.resolve_model(args.base, "sft"), args.aligned, args.output_dir)
+    base, aligned = cli.resolve_model(args.base, "sft"), list(args.aligned)
+    for name in args.aligned:
+        for alpha in args.interpolate:
+            made = Path(args.output_dir, f"{Path(name).name}_alpha_{alpha:g}")
+            aligned.append(str(interpolate(base, name, alpha, made)))
+    reports = measure_tax(evaluation, base, aligned, args.output_dir)
     for label, report in reports.items():
         print(report.to_terminal(title=f"Alignment tax of {label}"))
     print(f"report.md, report.json and pictures are in {args.output_dir}")

@@ -114,6 +114,10 @@ def test_the_recipe(world, capsys):
     printed = capsys.readouterr().out
     assert "Alignment tax of aligned" in printed and "ECE questions ↓" in printed and "verdict" in printed
     assert Path("output/alignment_tax/report.md").exists()
+    recipe.main(recipe.parse(["base", "adapter", "--interpolate", "0", "1", "--capability", CAPABILITY[0]]))
+    found = json.loads(Path("output/alignment_tax/report.json").read_text())["models"]
+    taxes = {label: values["perplexity texts"]["tax"] for label, values in found.items()}
+    assert taxes["adapter_alpha_0"] == 0 != taxes["adapter"] == taxes["adapter_alpha_1"]
     for options, words in (([], "recipes/ppo.py"), (["base", "aligned"], "nothing to measure")):
         with pytest.raises(SystemExit):
             recipe.parse(options)
