@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 from ppo_setting import count_e, logged, trainer
 
 from lifecycle_hf.trainers.base import MetricAccumulator
@@ -44,14 +45,15 @@ def test_a_run_ends_within_its_budget(tiny_llama, tmp_path):
     assert kl < measured(free)[0] / 2
 
 
-def with_kl(run, values):
-    """Lets the rollouts have these KLs, one after the other; returns the weights at each."""
+def with_kl(run, values, then=lambda: None):
+    """Lets the rollouts have these KLs, one after the other, and calls `then` at each; returns the weights there."""
     make, values, made = run.rollouts.make, list(values), []
 
     def told(*args, **options):
         batches = make(*args, **options)
         run.rollouts.means["kl"] = values[len(made)]
         made.append({name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad})
+        then()
         return batches
 
     run.rollouts.make = told
@@ -79,6 +81,40 @@ def test_the_last_update_is_measured_and_taken_back_too(tiny_llama, tmp_path):
     here = dict(run.model.named_parameters())
     assert all(torch.equal(made[1][n], here[n]) for n in made[1] if n.startswith("policy."))
     assert logged(run, "kl_budget/kl") == [0.3] and logged(run, "kl_budget/rejected") == [0.0, 0.0, 1.0]
+
+
+def test_of_adapters_only_the_policys_goes_back(tiny_llama, tmp_path):
+    """Policy and value train as two adapters of one base; the weights at 0.4 are those at 2.5 taken back."""
+    peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}
+    run = trainer(tiny_llama, tmp_path, max_steps=3, trainer_options=peft, **BUDGET)
+    logits, ids = [], torch.arange(10, 20)[None]
+    made = with_kl(run, [0.0, 0.4, 2.5, 0.6, 0.1], lambda: logits.append(run.model.policy(ids).logits.detach()))
+    train(run)
+    policy = [name for name in made[0] if ".policy." in name]
+    value = [name for name in made[0] if name not in policy]
+    assert len(policy) == 8 and any(".value." in name for name in value)
+    assert any(not torch.equal(made[1][n], made[2][n]) for n in policy)
+    assert all(torch.equal(made[1][n], made[3][n]) for n in policy)
+    assert torch.equal(logits[1], logits[3]) and not torch.equal(logits[1], logits[2])
+    assert all(torch.equal(made[2][n], made[3][n]) for n in value)
+    assert any(not torch.equal(made[1][n], made[3][n]) for n in value if ".value." in n)
+    assert run.budget.kept.keys() == set(policy)
+
+
+def test_scores_of_a_rollout_that_is_taken_back_leave_no_trace_in_their_scale(tiny_llama, tmp_path):
+    scores = []
+
+    def rewards(prompts, completions):
+        scores.append([float(len(scores) + i) for i in range(len(prompts))])  # other ones in each rollout
+        return scores[-1]
+
+    run = trainer(tiny_llama, tmp_path, reward_funcs=rewards, reward_normalization="running", **BUDGET)
+    with_kl(run, [0.0, 3.0, 0.2, 0.1])
+    train(run)
+    trained = torch.tensor([scores[0], scores[2]])  # the second was rejected, the last is the measurement at the end
+    moments = run.rollouts.reward_moments
+    assert len(scores) == 4 and moments.count == trained.numel()
+    assert moments.mean == trained.mean().item() and moments.std == trained.std(correction=0).item()
 
 
 @pytest.mark.parametrize("stop", [4, 5])  # between two updates, and within one
