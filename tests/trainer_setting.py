@@ -7,7 +7,16 @@ from preference_setting import ANSWERS, PAIRS
 from preference_setting import trainer as preference_trainer
 from transformers import LlamaForSequenceClassification
 
-from lifecycle_hf import DPOTrainer, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from lifecycle_hf import (
+    DPOTrainer,
+    KTOTrainer,
+    PretrainingConfig,
+    PretrainingTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1, "lr_scheduler_type": "constant"}
 TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
@@ -25,6 +34,12 @@ def reward(tiny_llama, tmp_path, **options):
     return stage(RewardTrainer, RewardConfig, model, PAIRS, tiny_llama, tmp_path, options)
 
 
+def pretraining(tiny_llama, tmp_path, **options):
+    data = Dataset.from_dict({"text": [row["chosen"] * 20 for row in PAIRS]})
+    options = {"max_length": 32, "weight_decay": 0.0} | options
+    return stage(PretrainingTrainer, PretrainingConfig, tiny_llama[0](), data, tiny_llama, tmp_path, options)
+
+
 def stage(cls, config, model, data, tiny_llama, tmp_path, options):
     quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
     given = options.pop("trainer_options", {})
@@ -33,6 +48,7 @@ def stage(cls, config, model, data, tiny_llama, tmp_path, options):
 
 
 MAKE = {
+    "pretraining": pretraining,
     "sft": sft,
     "reward": reward,
     "dpo": lambda *given, **options: preference_trainer(*given, DPOTrainer, **options),
