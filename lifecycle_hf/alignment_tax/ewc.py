@@ -187,9 +187,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def _sum_over_ranks(totals: list[torch.Tensor], count: int) -> int:
     if not (distributed.is_available() and distributed.is_initialized()):
         return count
-    counts = torch.tensor(count, device=totals[0].device)
+    device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
+    counts = torch.tensor(count)
     for tensor in (*totals, counts):
-        distributed.all_reduce(tensor)
+        summed = tensor.to(device)
+        distributed.all_reduce(summed)
+        tensor.copy_(summed)
     return int(counts)
 
 

@@ -15,11 +15,12 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from lifecycle_hf.alignment_tax.ewc import EWC
 from lifecycle_hf.alignment_tax.report import TaxReport
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.callbacks import PREFIX, TaxMonitor
-from lifecycle_hf.trainers.mitigations import mitigations_in_force, protect
+from lifecycle_hf.trainers.mitigations import active_policy, mitigations_in_force, protect
 from lifecycle_hf.trainers.model_card import write_model_card
 
 STAGING = "_tmp-"
@@ -181,10 +182,9 @@ class LifecycleTrainerMixin:
                 step's micro-batches and ranks. One with a state (see [`Stateful`]) has it saved and restored.
 
         Raises:
-            ValueError: there is one of that name already, or ZeRO-3 or FSDP shards the parameters, of which the
-                function would see pieces.
+            ValueError: there is one of that name already, or the engine has sharded what the function would read.
         """
-        self.check_auxiliary(name)
+        self.check_auxiliary(name, isinstance(function, EWC))
         if name in self._auxiliary:
             raise ValueError(f"There is an auxiliary loss named {name!r} already: choose another name.")
         self._auxiliary[name] = (function, weight)
@@ -193,13 +193,15 @@ class LifecycleTrainerMixin:
         if isinstance(weight, LagrangeMultiplier):
             self.dual_ascent.watch(name, weight)
 
-    def check_auxiliary(self, name: str) -> None:
-        """Raises a ValueError under an engine on which no auxiliary loss runs."""
-        plugin = self.args.deepspeed_plugin
-        if self.is_fsdp_enabled or is_sharded(self.model) or (plugin is not None and plugin.zero_stage == 3):
+    def check_auxiliary(self, name: str, reads_weights: bool) -> None:
+        """Raises a ValueError under an engine on which an auxiliary loss does not run: ZeRO-3; FSDP2, where the loss
+        reads weights or the policy is but a part of what is sharded."""
+        plugin, partial = self.args.deepspeed_plugin, active_policy(self.model) is not self.model
+        zero3 = is_sharded(self.model) or (plugin is not None and plugin.zero_stage == 3)
+        if zero3 or (self.is_fsdp_enabled and (reads_weights or partial)):
             raise ValueError(
-                f"The auxiliary loss {name!r} does not run under ZeRO-3 or FSDP, which shard what it reads: use DDP, "
-                "ZeRO-1 or ZeRO-2. (PPO's ptx_coef without a ceiling is none, and runs there too.)"
+                f"The auxiliary loss {name!r} does not run under {'ZeRO-3' if zero3 else 'FSDP'}, which shards what "
+                "it reads: use DDP, ZeRO-1 or ZeRO-2. (PPO's ptx_coef without a ceiling is none, and runs there too.)"
             )
 
     def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:

@@ -93,7 +93,7 @@ def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
     elif args.ptx_coef > 0 and not mixes:
         trainer.add_auxiliary_loss("ptx", texts("ptx", args.ptx_batch_size), args.ptx_coef)
     if args.ewc_coef > 0:
-        trainer.check_auxiliary("ewc")
+        trainer.check_auxiliary("ewc", reads_weights=True)
         policy = active_policy(trainer.model)
         if args.ewc is not None:
             ewc = EWC.load(args.ewc, policy, device=args.device)

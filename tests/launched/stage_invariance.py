@@ -5,10 +5,14 @@ loss under a ceiling), path of the base model.
 """
 
 import json
+import os
 import sys
 
 from datasets import Dataset
 from peft import LoraConfig
+
+if os.environ.get("FSDP_ON_CPU"):
+    import fsdp_shim  # noqa: F401
 
 from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
@@ -42,12 +46,14 @@ def main(output, batch, stage, mode, model):
         names += ["loss/capability", "lambda/capability"]
     trainer.train()
     metrics = trainer.finalize() if stage == "reward" else trainer.evaluate()
-    trainer.save_model()
+    if mode != "constrained":
+        trainer.save_model()
     steps = [{name: entry[name] for name in names} for entry in trainer.state.log_history[:2]]
     held_out = {k: v for k, v in metrics.items() if k.split("_")[-1] not in ("runtime", "second", "time", "tokens")}
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        print("RESULT run " + json.dumps({"world_size": args.world_size, "steps": steps, "held_out": held_out}))
+        launched = {"world_size": args.world_size, "engine": trainer.accelerator.distributed_type.value}
+        print("RESULT run " + json.dumps({"steps": steps, "held_out": held_out} | launched))
     trainer.end()
 
 

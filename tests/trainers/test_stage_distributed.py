@@ -19,8 +19,8 @@ def base(tiny_llama, tmp_path_factory):
     return path
 
 
-def run(config, output, batch, *arguments):
-    return results(launch(config, SCRIPT, output, batch, *arguments))["run"]
+def run(config, output, batch, *arguments, env=None):
+    return results(launch(config, SCRIPT, output, batch, *arguments, env=env or {}))["run"]
 
 
 @pytest.mark.slow
@@ -51,11 +51,14 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp", pytest.param("cpu_zero2", marks=needs_deepspeed)])
-def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config):
+@pytest.mark.parametrize(
+    ("config", "env"),
+    [("cpu_ddp", {}), ("cpu_ddp", {"FSDP_ON_CPU": "1"}), pytest.param("cpu_zero2", {}, marks=needs_deepspeed)],
+)
+def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config, env):
     one = run("cpu", tmp_path / "one", 8, "sft", "constrained", base)
-    two = run(config, tmp_path / "two", 4, "sft", "constrained", base)
-    assert (one["world_size"], two["world_size"]) == (1, 2)
+    two = run(config, tmp_path / "two", 4, "sft", "constrained", base, env=env)
+    assert (one["world_size"], two["world_size"]) == (1, 2) and (two["engine"] == "FSDP") == bool(env)
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
     losses = [step["loss/capability"] for step in one["steps"]]
