@@ -12,6 +12,7 @@ if os.environ.get("FSDP_ON_CPU"):
     import fsdp_shim  # noqa: F401
 
 from datasets import Dataset
+from ending import end
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
@@ -103,4 +104,4 @@ if __name__ == "__main__":
     output, *arguments, modes = sys.argv[1:]
     for mode in modes.split(","):
         trainer = (resume if mode == "resume" else run)(f"{output}/{mode}", *arguments, mode)
-    trainer.end()
+    end(trainer)

@@ -12,6 +12,7 @@ if os.environ.get("FSDP_ON_CPU"):
     import fsdp_shim  # noqa: F401
 
 from datasets import Dataset
+from ending import end
 from peft import LoraConfig
 
 from lifecycle_hf import DPOTrainer, KTOTrainer, ORPOTrainer
@@ -73,4 +74,4 @@ if __name__ == "__main__":
     output, *arguments, names = sys.argv[1:]
     for name in names.split(","):
         trainer = run(f"{output}/{name}", *arguments, name)
-    trainer.end()
+    end(trainer)

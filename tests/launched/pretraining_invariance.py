@@ -8,6 +8,7 @@ import sys
 
 import torch
 from datasets import Dataset
+from ending import end
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, PretrainingConfig, PretrainingTrainer
 from lifecycle_hf.data.corpora import python_documentation, train_tokenizer
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     output, batch, names = sys.argv[1:]
     for name in names.split(","):
         trainer = run(f"{output}/{name}", batch, name)
-    trainer.end()
+    end(trainer)

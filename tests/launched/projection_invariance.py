@@ -11,6 +11,7 @@ if os.environ.get("FSDP_ON_CPU"):
     import fsdp_shim  # noqa: F401
 
 import torch
+from ending import end
 from torch.distributed.tensor import DTensor
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, PretrainingConfig, PretrainingTrainer
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     output, batch, levels = sys.argv[1:]
     for level in levels.split(","):
         trainer = run(f"{output}/{level}", batch, level)
-    trainer.end()
+    end(trainer)

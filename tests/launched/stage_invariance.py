@@ -9,6 +9,7 @@ import os
 import sys
 
 from datasets import Dataset
+from ending import end
 from peft import LoraConfig
 
 if os.environ.get("FSDP_ON_CPU"):
@@ -54,7 +55,7 @@ def main(output, batch, stage, mode, model):
     if trainer.is_world_process_zero():
         launched = {"world_size": args.world_size, "engine": trainer.accelerator.distributed_type.value}
         print("RESULT run " + json.dumps({"steps": steps, "held_out": held_out} | launched))
-    trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":
