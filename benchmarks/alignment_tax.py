@@ -6,8 +6,8 @@
 
 Every run is a recipe with options that you could type (they are printed); one that stands in --output_dir is kept, so
 that a killed benchmark goes on. Each model is then measured on the same held-out requests, documents and questions.
-Written to --output_dir: results.md with the tables, pareto_ppo.png, pareto_dpo.png, overoptimization.png and
-reliability_*.png.
+Written to --output_dir: results.md with the tables, results.json with every model's values, pareto_ppo.png,
+pareto_dpo.png, overoptimization.png and reliability_*.png.
 
 A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
 Intervals are 95 % ones, each by itself: of many, one in twenty is off by chance. Seeds are a sample of runs and items
@@ -260,7 +260,7 @@ def main(args):
         runs = [pool.submit(train, *job) for job in jobs]
     for run in runs:  # all have ended: what one raises costs the others nothing
         run.result()
-    text = []
+    text, values = [], {}
     for stage in stages:
         results = {name: [] for name in settings[stage]}
         for _, name, _, _, made in (job for job in jobs if job[0] == stage):
@@ -271,9 +271,13 @@ def main(args):
                 results[f"interpolation, {alpha} of the way"] = [judge(path) for path in made]
         base = judge(Path(judge.base))
         text.append(report(stage, results, base, folder))
+        values[stage] = {
+            name: [run.values for run in runs] for name, runs in (results | {"SFT model": [base]}).items()
+        }
         if stage == "ppo" and not args.study:
             pictures(results, base, folder)
     (folder / "results.md").write_text("\n".join(text))
+    (folder / "results.json").write_text(json.dumps(values, indent=1))
     print("\n".join(text))
 
 

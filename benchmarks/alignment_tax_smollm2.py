@@ -106,7 +106,7 @@ def main(args):
     )  # fmt: skip
     reference = evaluation.load(model)[0]
     results = {}
-    for name, more in SETTINGS.items():
+    for name, more in ((name, SETTINGS[name]) for name in args.settings):
         made = train("ppo", name, options | more, 0, folder / name.replace(", ", "_").replace(" ", "_"))
         results[name] = [evaluation.measure(*evaluation.load(str(made)), reference)]
     for alpha in (0.3, 0.6):
@@ -124,6 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("prompts")
     parser.add_argument("maths")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="plain among them")
     parser.add_argument("--updates", type=int, default=12, help="of PPO, 16 completions each")
     parser.add_argument("--output_dir", default="output/benchmark_tax_smollm2")
     prepare()

@@ -145,13 +145,16 @@ def plot_pareto(
 ) -> None:
     """Draw runs by alignment and capability, both higher is better, and the front of those that none dominates.
 
+    More runs than eight are numbered, with their labels beside the picture.
+
     Args:
         rows: {"label", "alignment", "capability"} each, and where known "alignment_interval" and
             "capability_interval" (low, high), drawn as error bars.
         alignment, capability: names of the axes.
     """
     points = np.array([(row["alignment"], row["capability"]) for row in rows])
-    figure = _figure(7.2, 5.0)
+    numbered = len(rows) > 8
+    figure = _figure(9.6 if numbered else 7.2, 5.0)
     axes = figure.subplots()
     front = pareto_front(points)
     steps = {"drawstyle": "steps-pre", "color": COLOURS[2], "linewidth": 1.4, "zorder": 1}
@@ -163,11 +166,17 @@ def plot_pareto(
             if row.get(f"{name}_interval") is not None
         }
         colour = COLOURS[2] if i in front else "#9ca3af"
-        axes.errorbar(*points[i], **bars, fmt="o", color=colour, ecolor=colour, elinewidth=0.8, capsize=2, zorder=2)
+        look = {"fmt": "o", "color": colour, "ecolor": (colour, 0.5), "elinewidth": 0.8, "capsize": 2, "zorder": 2}
+        axes.errorbar(*points[i], **bars, **look)
     _style(axes, title, f"{alignment} →", f"{capability} →")
     axes.margins(0.12)
-    _place_labels(axes, points, [str(row["label"]) for row in rows])
+    labels = [str(row["label"]) for row in rows]
     axes.legend(fontsize=8, frameon=False, loc="best")
+    if numbered:
+        key = "\n".join(f"{i}  {label}" for i, label in enumerate(labels, 1))
+        axes.text(1.02, 1, key, transform=axes.transAxes, va="top", fontsize=8, color=INK, linespacing=1.6)
+        labels = [str(i) for i in range(1, len(labels) + 1)]
+    _place_labels(axes, points, labels)
     figure.savefig(path, facecolor="white")
 
 

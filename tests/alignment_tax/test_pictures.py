@@ -56,3 +56,9 @@ def test_pareto_labels_stand_apart(tmp_path):
     boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the leader lines
     assert len(boxes) == 7 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert width_of(tmp_path / "pareto.png") == 1080
+
+
+def test_many_runs_are_numbered_beside_a_pareto_front(tmp_path):
+    rows = [{"label": f"run {i}", "alignment": i / 10, "capability": -i / 10} for i in range(9)]
+    plot_pareto(rows, tmp_path / "pareto.png")
+    assert width_of(tmp_path / "pareto.png") == 1440
