@@ -12,7 +12,9 @@ pareto_dpo.png, overoptimization.png and reliability_*.png.
 A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
 Intervals are 95 % ones, each by itself: of many, one in twenty is off by chance. Seeds are a sample of runs and items
 one of requests: mean ± t(seeds − 1)·√(variance over seeds / seeds + bootstrap variance over items), where items are
-drawn alike for all seeds and both models. Of one seed they are bootstrap percentiles over items alone.
+drawn alike for all seeds and both models. Of one seed they are bootstrap percentiles over items alone. A setting beats
+plain where its means are no worse in gold reward and perplexity, and one is better outside its interval. The pictures
+have 68 % intervals.
 """
 
 import argparse
@@ -82,6 +84,7 @@ SHOWN = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "pe
          "accuracy facts and sums": True, "ECE facts and sums": False, "token entropy (nats)": True,
          "self-BLEU": False, "KL (nats per sequence)": False}  # fmt: skip
 ALIGNMENT, CAPABILITY = "gold_reward", "perplexity"
+BARS = 0.68
 JUDGED = {ALIGNMENT: True, CAPABILITY: False, "benign_accuracy": True}
 
 
@@ -146,7 +149,7 @@ class Judge:
         return self.found[folder]
 
 
-def interval(first, second, resamples=2000):
+def interval(first, second, level=0.95, resamples=2000):
     """(difference, low, high) of a metric between two settings, each a list of its `Measurement`s by seed."""
     pairs = list(zip(first, second, strict=True))
     differences = np.array([float(a) - float(b) for a, b in pairs])
@@ -156,9 +159,10 @@ def interval(first, second, resamples=2000):
     n = len(pairs[0][0].columns)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples) / n
     draws = np.mean([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs], 0)
+    ends = [(1 - level) / 2, (1 + level) / 2]
     if seeds == 1:
-        return estimate, *map(float, np.quantile(draws, [0.025, 0.975]))
-    half = stats.t.ppf(0.975, seeds - 1) * np.sqrt(differences.var(ddof=1) / seeds + draws.var())
+        return estimate, *map(float, np.quantile(draws, ends))
+    half = stats.t.ppf(ends[1], seeds - 1) * np.sqrt(differences.var(ddof=1) / seeds + draws.var())
     return estimate, float(estimate - half), float(estimate + half)
 
 
@@ -181,8 +185,8 @@ def table(results, base, shown, against="plain"):
 
 
 def verdicts(results, judged, against="plain"):
-    """Which settings beat the plain run outside the intervals: better in the first or second of the metrics `judged`
-    ({name: whether higher is better}) and worse in neither."""
+    """Which settings beat the plain run: no worse in the mean of the first and second of the metrics `judged` ({name:
+    whether higher is better}), and better in one of them outside its interval."""
     lines = []
     for name, runs in results.items():
         if name == against:
@@ -190,22 +194,28 @@ def verdicts(results, judged, against="plain"):
         gains = []
         for metric, higher in judged.items():
             change, low, high = interval(*([run.values[metric] for run in side] for side in (runs, results[against])))
-            word = "the same" if low <= 0 <= high else "better" if (change > 0) == higher else "worse"
-            gains.append((metric, word, change, low, high))
-        words = [word for _, word, *_ in gains[:2]]
-        beats = "worse" not in words and "better" in words
-        told = "; ".join(f"{m} {w} ({c:+.3f}: {low:+.3f} to {high:+.3f})" for m, w, c, low, high in gains)
+            better = (change >= 0) == higher or change == 0
+            gains.append((metric, better, not low <= 0 <= high, change, low, high))
+        beats = all(better for _, better, *_ in gains[:2]) and any(sure for _, _, sure, *_ in gains[:2])
+        words = [
+            f"{'better' if better else 'worse'}{'' if sure else ', within noise'}" for _, better, sure, *_ in gains
+        ]
+        told = "; ".join(
+            f"{metric} {word} ({change:+.3f}: {low:+.3f} to {high:+.3f})"
+            for word, (metric, *_, change, low, high) in zip(words, gains)
+        )
         lines.append(f"- **{name}** {'beats' if beats else 'does not beat'} plain: {told}.")
     return "\n".join(lines)
 
 
 def point(name, runs, base):
-    """A setting in the plane of gold reward and −perplexity tax, with intervals."""
+    """A setting in the plane of gold reward and −perplexity tax, with intervals of `BARS`."""
     zero = [base.values[ALIGNMENT]] * len(runs)
     mean = float(np.mean([float(run.values[ALIGNMENT]) for run in runs]))
-    change, low, high = interval([run.values[ALIGNMENT] for run in runs], zero)
+    change, low, high = interval([run.values[ALIGNMENT] for run in runs], zero, BARS)
     row = {"label": name, "alignment": mean, "alignment_interval": (mean + low - change, mean + high - change)}
-    change, low, high = interval([run.values[CAPABILITY] for run in runs], [base.values[CAPABILITY]] * len(runs))
+    zero = [base.values[CAPABILITY]] * len(runs)
+    change, low, high = interval([run.values[CAPABILITY] for run in runs], zero, BARS)
     return row | {"capability": -change, "capability_interval": (-high, -low)}
 
 
@@ -217,7 +227,7 @@ def report(stage, results, base, folder):
     rows = [point("SFT model", [base] * len(results["plain"]), base)]
     rows += [point(name, runs, base) for name, runs in results.items()]
     points = [(row["alignment"], row["capability"]) for row in rows]
-    title = f"{stage.upper()} in the toy world, means of {len(results['plain'])} seeds"
+    title = f"{stage.upper()} in the toy world, means of {len(results['plain'])} seeds with {BARS:.0%} intervals"
     plot_pareto(
         rows, folder / f"pareto_{stage}.png", alignment="gold reward", capability="−perplexity tax", title=title
     )
