@@ -102,7 +102,7 @@ def main(args):
     }  # fmt: skip
     evaluation = Evaluation(
         [f"perplexity:{folder / 'solutions'}", f"multiple_choice:{folder / 'questions'}"],
-        ["sentiment:positive", "diversity", "drift"], prompts, rows=HELD_OUT, max_new_tokens=24, batch_size=16,
+        ["sentiment:positive", "diversity", "drift"], prompts, rows=args.rows, max_new_tokens=24, batch_size=16,
     )  # fmt: skip
     reference = evaluation.load(model)[0]
     results = {}
@@ -125,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("prompts")
     parser.add_argument("maths")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="plain among them")
+    parser.add_argument("--rows", type=int, default=HELD_OUT, help="held-out prompts, solutions and questions of each")
     parser.add_argument("--updates", type=int, default=12, help="of PPO, 16 completions each")
     parser.add_argument("--output_dir", default="output/benchmark_tax_smollm2")
     prepare()
