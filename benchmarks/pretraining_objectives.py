@@ -28,10 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from lifecycle_hf import PretrainingConfig
+from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval, ratio
 from lifecycle_hf.data.corpora import python_documentation, read_corpus, split_tail, train_tokenizer
 from lifecycle_hf.data.denoising import IGNORED, is_any_of
-from lifecycle_hf.rollouts import generate
-from lifecycle_hf.trainers.pretraining import OBJECTIVES, PretrainingTrainer, new_model, row_plan
+from lifecycle_hf.trainers.pretraining import OBJECTIVES, PretrainingTrainer, new_model, row_plan, sample
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 PHASES = {"ul2r": "ul2"}
@@ -184,14 +184,14 @@ def hidden_places(denoiser, length, rng, tokens):
 
 
 def compare(ul2, causal, rows):
-    """[denoiser, mode, tokens, nats per token, shares of right guesses] per denoiser.
+    """{(denoiser, mode): sums by row} of tokens, nats, right guesses.
 
     The nats are UL2's, UL2's when it is told that the span goes on, and the causal model's, which has no spans to end.
     """
     plan, ids = ul2.eval_dataset.plan, ul2.eval_dataset.stream.ids
-    special, table = torch.as_tensor(plan.tokens.special_ids).long(), []
+    special, found = torch.as_tensor(plan.tokens.special_ids).long(), {}
     for kind, denoiser in enumerate(plan.denoisers):
-        sums, length = np.zeros(6), plan.lengths[kind]
+        sums, length = found.setdefault((denoiser.name, denoiser.mode), []), plan.lengths[kind]
         for number in range(rows):
             first = int(np.random.default_rng((kind, number)).integers(len(ids) - length))
             text = ids[first : first + length].astype(np.int64)
@@ -204,27 +204,26 @@ def compare(ul2, causal, rows):
             read = log_probs(causal.model, text, special)
             mine, told, right = (part[words].sum() for part in filled)
             _, theirs, guessed = (part[hidden - 1].sum() for part in read)
-            sums += [len(hidden), -mine, -told, -theirs, right, guessed]
-        means = sums[1:] / sums[0] * [1, 1, 1, 100, 100]
-        table.append([denoiser.name, denoiser.mode, int(sums[0]), *means])
+            sums.append([len(hidden), -mine, -told, -theirs, right, guessed])
+    return {name: np.array(sums) for name, sums in found.items()}
+
+
+def means(sums):
+    """Of the tokens of rows from `compare`: their number, three losses, two shares of right guesses in per cent."""
+    total = sums.sum(0)
+    return [int(total[0]), *(total[1:] / total[0] * [1, 1, 1, 100, 100])]
+
+
+def by_mode(found):
+    """For each mode `means`, and UL2's loss minus the causal model's with 95 % intervals over rows: plain, told."""
+    table = []
+    for mode in dict.fromkeys(mode for _, mode in found):
+        sums = np.concatenate([rows for (_, own), rows in found.items() if own == mode])
+        plain, told, causal = (Measurement(sums[:, [column, 0]], ratio) for column in (1, 2, 3))
+        table.append([mode, *means(sums)])
+        for loss in (plain, told):
+            table[-1] += [loss - causal, *bootstrap_interval(loss, causal)]
     return table
-
-
-def by_mode(table):
-    """The rows of a table of `compare` for each mode, each token with the same weight."""
-    rows = []
-    for mode in dict.fromkeys(row[1] for row in table):
-        parts = np.array([row[2:] for row in table if row[1] == mode], dtype=float)
-        rows.append([mode, int(parts[:, 0].sum()), *np.average(parts[:, 1:], axis=0, weights=parts[:, 0])])
-    return rows
-
-
-def continuation(trainer, prompt):
-    tokenizer, mode = trainer.processing_class, "[S]" if trainer.args.objective == "ul2" else ""
-    ids = tokenizer(mode + prompt, add_special_tokens=False)["input_ids"]
-    options = {"max_new_tokens": 60, "temperature": 0.8, "stop_token_ids": [tokenizer.eos_token_id]}
-    found = generate(trainer.model, [ids], **options, pad_token_id=tokenizer.pad_token_id, generator_seed=0)
-    return tokenizer.decode(found[0], skip_special_tokens=True)
 
 
 def main(args):
@@ -245,13 +244,16 @@ def main(args):
     for name in ("ul2", *PHASES):
         if not {name, "causal"} <= trainers.keys():
             continue
-        table = compare(trainers[name], trainers["causal"], args.rows)
+        found = compare(trainers[name], trainers["causal"], args.rows)
+        table = [[*kind, *means(sums)] for kind, sums in found.items()]
         columns = f"tokens | {name} | {name} told that the span goes on | causal | {name} right, % | causal right, %"
         pattern = "{} | {:.2f} | {:.2f} | {:.2f} | {:.1f} | {:.1f}"
         show("The same hidden tokens, nats per token", f"denoiser | mode | {columns}", "{} | {} | " + pattern, table)
-        show("The same by mode", f"mode | {columns}", "{} | " + pattern, by_mode(table))
+        columns += f" | {name} − causal | told − causal"
+        pattern += 2 * " | {:+.3f} ({:+.3f} to {:+.3f})"
+        show("The same by mode", f"mode | {columns}", "{} | " + pattern, by_mode(found))
     for objective in (name for name in args.objectives if name not in ("masked", "span_corruption")):
-        print(f"\n## {objective} continues {args.prompt!r}\n\n{continuation(trainers[objective], args.prompt)}")
+        print(f"\n## {objective} continues {args.prompt!r}\n\n{sample(trainers[objective], args.prompt)}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from trl import ModelConfig
 from lifecycle_hf import PretrainingConfig, cli
 from lifecycle_hf.data.corpora import train_tokenizer
 from lifecycle_hf.models.loading import load_tokenizer
-from lifecycle_hf.rollouts import generate
-from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model
+from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model, sample
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -35,18 +34,6 @@ class PretrainingArguments(cli.RecipeArguments):
     num_key_value_heads: int = field(default=2, metadata={"help": "Key and value heads of a new model."})
     intermediate_size: int = field(default=688, metadata={"help": "Width of a new model's feed-forward layers."})
     prompt: str = field(default="The ", metadata={"help": "What the trained model continues at the end."})
-
-
-def sample(trainer, prompt):
-    """What the model makes of `prompt`; nothing of a masked or an encoder-decoder model."""
-    if trainer.args.objective == "masked" or trainer.is_seq2seq:
-        return None
-    tokenizer, mode = trainer.processing_class, "[S]" if trainer.args.objective == "ul2" else ""
-    ids = tokenizer(mode + prompt, add_special_tokens=False)["input_ids"]
-    options = {"max_new_tokens": 60, "temperature": 0.8, "stop_token_ids": [tokenizer.eos_token_id]}
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    found = generate(model, [ids], **options, pad_token_id=tokenizer.pad_token_id, generator_seed=0)
-    return prompt + tokenizer.decode(found[0], skip_special_tokens=True)
 
 
 def main(script_args, args, model_args):

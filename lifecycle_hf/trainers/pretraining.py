@@ -27,6 +27,7 @@ from lifecycle_hf.data.special_tokens import add_denoising_tokens
 from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
 from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
+from lifecycle_hf.rollouts import generate
 from lifecycle_hf.scoring import has_prefix
 from lifecycle_hf.trainers.mitigations import mitigations_in_force
 from lifecycle_hf.trainers.options import MitigationOptions, option, settle_bf16
@@ -268,6 +269,19 @@ def new_model(args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, **siz
     )
     set_seed(args.seed)
     return (LifecycleForMaskedLM if masked else LifecycleForCausalLM)(config)
+
+
+def sample(trainer: PretrainingTrainer, prompt: str) -> str | None:
+    """`prompt` and 60 tokens that the model continues it by, at temperature 0.8 and seed 0, UL2 in mode [S]; None of a
+    masked or an encoder-decoder model."""
+    if trainer.args.objective == "masked" or trainer.is_seq2seq:
+        return None
+    tokenizer, mode = trainer.processing_class, "[S]" if trainer.args.objective == "ul2" else ""
+    ids = tokenizer(mode + prompt, add_special_tokens=False)["input_ids"]
+    options = {"max_new_tokens": 60, "temperature": 0.8, "stop_token_ids": [tokenizer.eos_token_id]}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = generate(model, [ids], **options, pad_token_id=tokenizer.pad_token_id, generator_seed=0)
+    return prompt + tokenizer.decode(found[0], skip_special_tokens=True)
 
 
 def peak_flops(device: torch.device) -> float | None:
