@@ -58,7 +58,13 @@ def test_pareto_labels_stand_apart(tmp_path):
     assert width_of(tmp_path / "pareto.png") == 1080
 
 
-def test_many_runs_are_numbered_beside_a_pareto_front(tmp_path):
+def test_many_runs_are_numbered_beside_a_pareto_front(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
     rows = [{"label": f"run {i}", "alignment": i / 10, "capability": -i / 10} for i in range(9)]
     plot_pareto(rows, tmp_path / "pareto.png")
-    assert width_of(tmp_path / "pareto.png") == 1440
+    key, *numbers = figures[0].axes[0].texts
+    assert key.get_text().splitlines() == [f"{i}  run {i - 1}" for i in range(1, 10)]
+    assert {text.get_text(): text.xy for text in numbers} == {str(i + 1): (i / 10, -i / 10) for i in range(9)}
