@@ -1,5 +1,5 @@
-"""The end of a launched process, without the interpreter's teardown: there, threads of torch that still want Python's
-lock abort a process whose work is done ("terminate called without an active exception")."""
+"""The end of a launched process, without the teardown of the interpreter, in which a rank whose work was done aborted
+("terminate called without an active exception"), as threads do that want the lock of an interpreter that ends."""
 
 import os
 import sys
