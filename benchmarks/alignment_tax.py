@@ -27,8 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from measuring import prepare
-from scipy import stats
+from measuring import interval_over_seeds, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = {
@@ -149,23 +148,6 @@ class Judge:
         return self.found[folder]
 
 
-def interval(first, second, level=0.95, resamples=2000):
-    """(difference, low, high) of a metric between two settings, each a list of its `Measurement`s by seed."""
-    pairs = list(zip(first, second, strict=True))
-    differences = np.array([float(a) - float(b) for a, b in pairs])
-    estimate, seeds = float(differences.mean()), len(pairs)
-    if not all(hasattr(value, "columns") for pair in pairs for value in pair):
-        return estimate, np.nan, np.nan
-    n = len(pairs[0][0].columns)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples) / n
-    draws = np.mean([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs], 0)
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    if seeds == 1:
-        return estimate, *map(float, np.quantile(draws, ends))
-    half = stats.t.ppf(ends[1], seeds - 1) * np.sqrt(differences.var(ddof=1) / seeds + draws.var())
-    return estimate, float(estimate - half), float(estimate + half)
-
-
 def table(results, base, shown, against="plain"):
     """Markdown: per setting the mean of every metric, with the interval of its difference to `against`."""
     lines = [f"| run | {' | '.join(shown)} |", "|---" + "|---:" * len(shown) + "|"]
@@ -177,7 +159,7 @@ def table(results, base, shown, against="plain"):
             values = [run.values[metric] for run in runs]
             cell = f"{np.mean([float(v) for v in values]):.3f}"
             if name != against:
-                change, low, high = interval(values, [run.values[metric] for run in results[against]])
+                change, low, high = interval_over_seeds(values, [run.values[metric] for run in results[against]])
                 cell += f" ({change:+.3f}: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else f" ({change:+.3f})"
             cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -193,7 +175,9 @@ def verdicts(results, judged, against="plain"):
             continue
         gains = []
         for metric, higher in judged.items():
-            change, low, high = interval(*([run.values[metric] for run in side] for side in (runs, results[against])))
+            change, low, high = interval_over_seeds(
+                *([run.values[metric] for run in side] for side in (runs, results[against]))
+            )
             better = (change >= 0) == higher or change == 0
             gains.append((metric, better, not low <= 0 <= high, change, low, high))
         beats = all(better for _, better, *_ in gains[:2]) and any(sure for _, _, sure, *_ in gains[:2])
@@ -212,10 +196,10 @@ def point(name, runs, base):
     """A setting in the plane of gold reward and −perplexity tax, with intervals of `BARS`."""
     zero = [base.values[ALIGNMENT]] * len(runs)
     mean = float(np.mean([float(run.values[ALIGNMENT]) for run in runs]))
-    change, low, high = interval([run.values[ALIGNMENT] for run in runs], zero, BARS)
+    change, low, high = interval_over_seeds([run.values[ALIGNMENT] for run in runs], zero, BARS)
     row = {"label": name, "alignment": mean, "alignment_interval": (mean + low - change, mean + high - change)}
     zero = [base.values[CAPABILITY]] * len(runs)
-    change, low, high = interval([run.values[CAPABILITY] for run in runs], zero, BARS)
+    change, low, high = interval_over_seeds([run.values[CAPABILITY] for run in runs], zero, BARS)
     return row | {"capability": -change, "capability_interval": (-high, -low)}
 
 

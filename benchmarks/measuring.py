@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
+from scipy import stats
 
 CACHE = Path.home() / ".cache" / "lifecycle_hf" / "bench"
 
@@ -111,3 +113,24 @@ def show(title: str, header: str, pattern: str, rows: list[list]) -> None:
     """A Markdown table; `pattern` formats the cells of a row."""
     lines = [header, " | ".join(["---:"] * (header.count("|") + 1)), *(pattern.format(*row) for row in rows)]
     print(f"\n## {title}\n\n" + "\n".join(f"| {line} |" for line in lines), flush=True)
+
+
+def interval_over_seeds(first, second, level=0.95, resamples=2000):
+    """(difference, low, high) of a metric between two settings, each a list of its `Measurement`s by seed.
+
+    Of one seed the bootstrap's over items; of several Student's t over seeds, the items' spread added. Values that are
+    no `Measurement`s have no interval.
+    """
+    pairs = list(zip(first, second, strict=True))
+    differences = np.array([float(a) - float(b) for a, b in pairs])
+    estimate, seeds = float(differences.mean()), len(pairs)
+    if not all(hasattr(value, "columns") for pair in pairs for value in pair):
+        return estimate, np.nan, np.nan
+    n = len(pairs[0][0].columns)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples) / n
+    draws = np.mean([a.statistic(weights @ a.columns) - b.statistic(weights @ b.columns) for a, b in pairs], 0)
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    if seeds == 1:
+        return estimate, *map(float, np.quantile(draws, ends))
+    half = stats.t.ppf(ends[1], seeds - 1) * np.sqrt(differences.var(ddof=1) / seeds + draws.var())
+    return estimate, float(estimate - half), float(estimate + half)

@@ -2,15 +2,17 @@
 
     export OMP_NUM_THREADS=1
     python benchmarks/pretraining_objectives.py tinyshakespeare.txt          # six models, ten CPU minutes each
-    python benchmarks/pretraining_objectives.py tinyshakespeare.txt --objectives causal ul2 --minutes 3
+    python benchmarks/pretraining_objectives.py tinyshakespeare.txt --objectives causal ul2 --seeds 0 1 2
 
 Each objective trains a new model of the same shape from the same start, by the same optimizer and for the same CPU
-time, all of its process counted; one that stands in --output_dir is kept. "ul2r" is causal LM at first and UL2 for the
-rest of that time (UL2R, https://arxiv.org/abs/2210.11399). Losses are nats per target on held-out text. The unigram
-entropy is that of the held-out targets themselves, which no model that ignores the context can beat. In the tables of
-hidden tokens both models predict the same held-out tokens: UL2 reads the row as its denoiser shows it, with the text
-to both sides of a span; the causal model reads all that stands to the left in the plain text. UL2's nats for a token
-hold the doubt whether the span goes on, which is the noise's and not the text's; without it they stand beside.
+time, all of its process counted; one that stands in --output_dir is kept. A seed draws the start, the order and the
+noise of the training. "ul2r" is causal LM at first and UL2 for the rest of that time (UL2R,
+https://arxiv.org/abs/2210.11399). Losses are nats per target on held-out text. The unigram entropy is that of the
+held-out targets themselves, which no model that ignores the context can beat. In the tables of hidden tokens both
+models predict the same held-out tokens: UL2 reads the row as its denoiser shows it, with the text to both sides of a
+span; the causal model reads all that stands to the left in the plain text. UL2's nats for a token hold the doubt
+whether the span goes on, which is the noise's and not the text's; without it they stand beside. Intervals are 95 %,
+over rows for one seed and Student's t over several.
 """
 
 import argparse
@@ -23,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import prepare, show
+from measuring import interval_over_seeds, prepare, show
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from lifecycle_hf import PretrainingConfig
-from lifecycle_hf.alignment_tax.bootstrap import Measurement, bootstrap_interval, ratio
+from lifecycle_hf.alignment_tax.bootstrap import Measurement, ratio
 from lifecycle_hf.data.corpora import python_documentation, read_corpus, split_tail, train_tokenizer
 from lifecycle_hf.data.denoising import IGNORED, is_any_of
 from lifecycle_hf.trainers.pretraining import OBJECTIVES, PretrainingTrainer, new_model, row_plan, sample
@@ -102,8 +104,9 @@ def options_of(objective, folder, args):
     weights = args.denoiser_weights if objective == "ul2" else None
     return PretrainingConfig(str(folder), objective=objective, max_length=args.max_length, denoiser_weights=weights,
                              per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-                             learning_rate=args.learning_rate, num_train_epochs=1000, save_strategy="no",
-                             report_to="none", use_cpu=True, bf16=args.bf16, disable_tqdm=True)  # fmt: skip
+                             learning_rate=args.learning_rate, weight_decay=args.weight_decay, seed=int(folder.name),
+                             num_train_epochs=1000, save_strategy="no", report_to="none", use_cpu=True,
+                             bf16=args.bf16, disable_tqdm=True)  # fmt: skip
 
 
 def train(objective, texts, args, folder):
@@ -157,7 +160,7 @@ def trainer_of(objective, folder, texts, args):
     """The trained model and its held-out rows."""
     kind = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
     options = options_of(PHASES.get(objective, objective), folder, args)
-    options.bf16, tokenizer = False, AutoTokenizer.from_pretrained(folder)
+    options.bf16, options.seed, tokenizer = False, 0, AutoTokenizer.from_pretrained(folder)
     return PretrainingTrainer(kind.from_pretrained(folder), options, *texts, tokenizer)
 
 
@@ -214,44 +217,63 @@ def means(sums):
     return [int(total[0]), *(total[1:] / total[0] * [1, 1, 1, 100, 100])]
 
 
-def by_mode(found):
-    """For each mode `means`, and UL2's loss minus the causal model's with 95 % intervals over rows: plain, told."""
-    table = []
-    for mode in dict.fromkeys(mode for _, mode in found):
-        sums = np.concatenate([rows for (_, own), rows in found.items() if own == mode])
-        plain, told, causal = (Measurement(sums[:, [column, 0]], ratio) for column in (1, 2, 3))
-        table.append([mode, *means(sums)])
-        for loss in (plain, told):
-            table[-1] += [loss - causal, *bootstrap_interval(loss, causal)]
-    return table
+def over_seeds(found):
+    """The sums of rows of `compare` by mode, for each seed: {mode: [sums [rows, 6] of a seed]}."""
+    modes = dict.fromkeys(mode for _, mode in found[0])
+    return {
+        wanted: [np.concatenate([sums for (_, mode), sums in one.items() if mode == wanted]) for one in found]
+        for wanted in modes
+    }
+
+
+def compared(name, found):
+    """Prints what `compare` found for each seed: by denoiser, by mode, and the differences with their intervals."""
+    columns = f"tokens | {name} | {name} told that the span goes on | causal | {name} right, % | causal right, %"
+    pattern = "{} | {} | {} | {:.2f} | {:.2f} | {:.2f} | {:.1f} | {:.1f}"
+    kinds = {kind: np.concatenate([one[kind] for one in found.values()]) for kind in next(iter(found.values()))}
+    table = [[*kind, *means(sums)] for kind, sums in kinds.items()]
+    show("The same hidden tokens, nats per token, all seeds", f"denoiser | mode | {columns}", pattern, table)
+    modes, table, differences = over_seeds(list(found.values())), [], []
+    for mode, parts in modes.items():
+        for seeds, chosen in [*((str(seed), [sums]) for seed, sums in zip(found, parts)), ("all", parts)]:
+            table.append([mode, seeds, *means(np.concatenate(chosen))])
+            plain, told, causal = (
+                [Measurement(sums[:, [column, 0]], ratio) for sums in chosen] for column in (1, 2, 3)
+            )
+            differences.append([mode, seeds, *interval_over_seeds(plain, causal), *interval_over_seeds(told, causal)])
+    show("The same by mode", f"mode | seed | {columns}", pattern, table)
+    header = f"mode | seed | {name} − causal | {name}, told − causal"
+    show(
+        "Differences, nats per token",
+        header,
+        "{} | {} | " + " | ".join(2 * ["{:+.3f} ({:+.3f} to {:+.3f})"]),
+        differences,
+    )
 
 
 def main(args):
     texts = split_tail(read_corpus(Path(args.text)) if args.text else python_documentation())
-    trainers, rows = {}, []
-    for objective in args.objectives:
-        folder = Path(args.output_dir) / objective
-        report, minutes = trained(objective, texts, args, folder)
-        trainer = trainers[objective] = trainer_of(objective, folder, texts, args)
-        loss = trainer.evaluate()["eval_loss"]
-        first = 0 if objective == "masked" else 1
-        targets = np.concatenate([row["labels"][first:] for row in trainer.eval_dataset])
-        unigram = entropy(targets[targets != IGNORED])
-        sizes = [report["parameters"] / 1e6, report["steps"], report["tokens"] / 1e6]
-        rows.append([objective, *sizes, minutes, loss, unigram, unigram - loss])
-    header = "objective | parameters, M | steps | tokens, M | CPU minutes | held-out loss | unigram entropy | below it"
-    show("Nats per target", header, "{} | {:.2f} | {} | {:.2f} | {:.1f} | {:.2f} | {:.2f} | {:.2f}", rows)
-    for name in ("ul2", *PHASES):
-        if not {name, "causal"} <= trainers.keys():
-            continue
-        found = compare(trainers[name], trainers["causal"], args.rows)
-        table = [[*kind, *means(sums)] for kind, sums in found.items()]
-        columns = f"tokens | {name} | {name} told that the span goes on | causal | {name} right, % | causal right, %"
-        pattern = "{} | {:.2f} | {:.2f} | {:.2f} | {:.1f} | {:.1f}"
-        show("The same hidden tokens, nats per token", f"denoiser | mode | {columns}", "{} | {} | " + pattern, table)
-        columns += f" | {name} − causal | told − causal"
-        pattern += 2 * " | {:+.3f} ({:+.3f} to {:+.3f})"
-        show("The same by mode", f"mode | {columns}", "{} | " + pattern, by_mode(found))
+    rows, found = [], {}
+    for seed in args.seeds:
+        trainers = {}
+        for objective in args.objectives:
+            folder = Path(args.output_dir) / objective / str(seed)
+            report, minutes = trained(objective, texts, args, folder)
+            trainer = trainers[objective] = trainer_of(objective, folder, texts, args)
+            loss = trainer.evaluate()["eval_loss"]
+            first = 0 if objective == "masked" else 1
+            targets = np.concatenate([row["labels"][first:] for row in trainer.eval_dataset])
+            unigram = entropy(targets[targets != IGNORED])
+            sizes = [report["parameters"] / 1e6, report["steps"], report["tokens"] / 1e6]
+            rows.append([objective, seed, *sizes, minutes, loss, unigram, unigram - loss])
+        for name in ("ul2", *PHASES):
+            if {name, "causal"} <= trainers.keys():
+                found.setdefault(name, {})[seed] = compare(trainers[name], trainers["causal"], args.rows)
+    sizes = "parameters, M | steps | tokens, M | CPU minutes"
+    header = f"objective | seed | {sizes} | held-out loss | unigram entropy | below it"
+    show("Nats per target", header, "{} | {} | {:.2f} | {} | {:.2f} | {:.1f} | {:.2f} | {:.2f} | {:.2f}", rows)
+    for name, by_seed in found.items():
+        compared(name, by_seed)
     for objective in (name for name in args.objectives if name not in ("masked", "span_corruption")):
         print(f"\n## {objective} continues {args.prompt!r}\n\n{sample(trainers[objective], args.prompt)}")
 
@@ -260,17 +282,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="a text file or folder; Python's documentation by default")
     parser.add_argument("--objectives", nargs="+", default=[*OBJECTIVES, *PHASES], choices=[*OBJECTIVES, *PHASES])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of a model, start and saving included")
     parser.add_argument("--causal_minutes", type=float, default=3, help="CPU minutes of them that ul2r is causal LM")
-    parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--max_length", type=int, default=96, help="tokens of a row")
     parser.add_argument("--batch_size", type=int, default=48, help="rows of an optimizer step")
-    for name, value in zip(SIZES, (320, 4, 5, 5, 704)):
+    for name, value in zip(SIZES, (288, 4, 6, 6, 720)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rope_theta", type=float, default=1e6)
     parser.add_argument("--local", type=float, default=3.5, help="how sharply the first layer starts with neighbours")
     parser.add_argument("--match", type=float, default=2.0, help="how much the others start with equal tokens")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--weight_decay", type=float, default=1.5, help="of the layers' matrices")
     parser.add_argument("--warmup_steps", type=int, default=20)
     parser.add_argument("--denoiser_weights", nargs="+", type=float, default=[2, 1, 1, 3, 2, 0.5, 0.5])
     parser.add_argument("--bf16", type=lambda word: word.lower() == "true", default=True, metavar="true|false")

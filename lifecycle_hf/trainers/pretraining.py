@@ -4,6 +4,8 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 
 import torch
 from datasets import Dataset
@@ -201,14 +203,23 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         """Whether the output at a position predicts the label at the same position, and not the next."""
         return self.is_seq2seq or self.args.objective == "masked"
 
+    @cached_property
+    def _head_takes_positions(self) -> bool:
+        return not self.is_seq2seq and "logits_to_keep" in signature(self.model.forward).parameters
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, kinds = inputs["labels"], inputs["kinds"]
         given = {name: x for name, x in inputs.items() if name not in ("labels", "kinds")}
         if self.is_seq2seq:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
+        if self.args.objective in DENOISERS and self._head_takes_positions:
+            # Most of a denoiser's row is input: the head is spared the columns that are so in every row.
+            columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+            given["logits_to_keep"], labels = columns, labels[:, columns + 1]
         outputs = model(**given, use_cache=False) if self.args.objective != "masked" else model(**given)
-        nll = (masked_lm_loss if self._aligned else causal_lm_loss)(outputs.logits, labels)
-        targets = (labels if self._aligned else labels[:, 1:]) != IGNORED
+        aligned = self._aligned or "logits_to_keep" in given
+        nll = (masked_lm_loss if aligned else causal_lm_loss)(outputs.logits, labels)
+        targets = (labels if aligned else labels[:, 1:]) != IGNORED
         self._log_kinds(nll.detach(), targets, kinds)
         total = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.

@@ -89,6 +89,20 @@ def test_loss_by_hand(tmp_path, tokenizer, objective):
     assert len(kinds) >= (3 if objective == "ul2" else 1)
 
 
+@pytest.mark.parametrize("objective", ["prefix", "span_corruption", "ul2"])
+def test_the_head_reads_the_columns_that_have_targets(tmp_path, tokenizer, objective):
+    run = trainer(tmp_path, tokenizer, objective)
+    batch = run.collate([run.train_dataset[i] for i in range(4)])
+    targets = {t - 1 for row in batch["labels"].tolist() for t, label in enumerate(row) if t and label != -100}
+    read = []
+    run.model.lm_head.register_forward_hook(lambda head, given, logits: read.append(logits.shape))
+    loss = run.compute_loss(run.model.eval(), dict(batch))
+    assert read == [(4, len(targets), run.model.config.vocab_size)]
+    assert len(targets) < batch["labels"].shape[1] - 1
+    run._head_takes_positions = False
+    assert run.compute_loss(run.model, dict(batch)).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["causal", "masked", "ul2"])
 def test_one_times_eight_equals_eight_times_one(tmp_path, tokenizer, objective):
     steps, losses = [], []
