@@ -285,10 +285,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of a model, start and saving included")
     parser.add_argument("--causal_minutes", type=float, default=3, help="CPU minutes of them that ul2r is causal LM")
-    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--vocab_size", type=int, default=3072)
     parser.add_argument("--max_length", type=int, default=96, help="tokens of a row")
     parser.add_argument("--batch_size", type=int, default=48, help="rows of an optimizer step")
-    for name, value in zip(SIZES, (288, 4, 6, 6, 720)):
+    for name, value in zip(SIZES, (288, 4, 6, 6, 800)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rope_theta", type=float, default=1e6)
     parser.add_argument("--local", type=float, default=3.5, help="how sharply the first layer starts with neighbours")
