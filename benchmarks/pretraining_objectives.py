@@ -217,7 +217,7 @@ def means(sums):
     return [int(total[0]), *(total[1:] / total[0] * [1, 1, 1, 100, 100])]
 
 
-def over_seeds(found):
+def by_mode(found):
     """The sums of rows of `compare` by mode, for each seed: {mode: [sums [rows, 6] of a seed]}."""
     modes = dict.fromkeys(mode for _, mode in found[0])
     return {
@@ -233,7 +233,7 @@ def compared(name, found):
     kinds = {kind: np.concatenate([one[kind] for one in found.values()]) for kind in next(iter(found.values()))}
     table = [[*kind, *means(sums)] for kind, sums in kinds.items()]
     show("The same hidden tokens, nats per token, all seeds", f"denoiser | mode | {columns}", pattern, table)
-    modes, table, differences = over_seeds(list(found.values())), [], []
+    modes, table, differences = by_mode(list(found.values())), [], []
     for mode, parts in modes.items():
         for seeds, chosen in [*((str(seed), [sums]) for seed, sums in zip(found, parts)), ("all", parts)]:
             table.append([mode, seeds, *means(np.concatenate(chosen))])
