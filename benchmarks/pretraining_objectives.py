@@ -235,7 +235,8 @@ def compared(name, found):
     show("The same hidden tokens, nats per token, all seeds", f"denoiser | mode | {columns}", pattern, table)
     modes, table, differences = by_mode(list(found.values())), [], []
     for mode, parts in modes.items():
-        for seeds, chosen in [*((str(seed), [sums]) for seed, sums in zip(found, parts)), ("all", parts)]:
+        together = [("all", parts)] if len(parts) > 1 else []
+        for seeds, chosen in [*((str(seed), [sums]) for seed, sums in zip(found, parts)), *together]:
             table.append([mode, seeds, *means(np.concatenate(chosen))])
             plain, told, causal = (
                 [Measurement(sums[:, [column, 0]], ratio) for sums in chosen] for column in (1, 2, 3)
