@@ -117,7 +117,7 @@ def train(stage, name, options, seed, folder):
 
 
 def interpolated(plain, alpha, base):
-    from lifecycle_hf.alignment_tax.interpolation import interpolate
+    from lifecycle_hf.mitigation.interpolation import interpolate
 
     folder = plain.with_name(f"{plain.name}_alpha_{alpha}")
     made = json.loads((plain / "made_with.json").read_text()) | {"alpha": alpha}
@@ -205,8 +205,8 @@ def point(name, runs, base):
 
 def report(stage, results, base, folder):
     """The part of results.md about one stage; draws its Pareto front."""
-    from lifecycle_hf.alignment_tax.pareto import hypervolume, pareto_front
-    from lifecycle_hf.alignment_tax.pictures import plot_pareto
+    from lifecycle_hf.evaluation.pareto import hypervolume, pareto_front
+    from lifecycle_hf.evaluation.pictures import plot_pareto
 
     rows = [point("SFT model", [base] * len(results["plain"]), base)]
     rows += [point(name, runs, base) for name, runs in results.items()]
@@ -227,7 +227,7 @@ def report(stage, results, base, folder):
 
 def pictures(results, base, folder):
     """Over-optimisation of the plain PPO runs, and how well models know what they know."""
-    from lifecycle_hf.alignment_tax.pictures import plot_reliability
+    from lifecycle_hf.evaluation.pictures import plot_reliability
 
     for name, run in (("SFT", base), ("plain_PPO", results["plain"][0]), ("PPO_with_PTX", results["PTX"][0])):
         plot_reliability(*run.confidences["facts and sums"], folder / f"reliability_{name}.png", title=name)

@@ -21,7 +21,7 @@ import torch
 from measuring import clocks, memory, prepare, show
 from safetensors.torch import load_file, save_file
 
-from lifecycle_hf.alignment_tax.interpolation import interpolate
+from lifecycle_hf.mitigation.interpolation import interpolate
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS = 49152, 576, 1536, 30

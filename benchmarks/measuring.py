@@ -104,7 +104,7 @@ def matrix_rate(dtype: torch.dtype, size: int = 1024) -> float:
 
 def bf16_peak() -> float:
     """FLOP/s of the CUDA device, NaN where it is not known."""
-    from lifecycle_hf.trainers.pretraining import peak_flops
+    from lifecycle_hf.trainers.supervised.pretraining import peak_flops
 
     return peak_flops(torch.device("cuda")) or math.nan
 

@@ -229,12 +229,12 @@ def lora(setting: Setting) -> peft.LoraConfig | None:
 
 def ours(setting: Setting, args, paths: dict, rows: list[dict], connection, folder: str):
     from lifecycle_hf import PPOConfig, PPOTrainer
-    from lifecycle_hf.trainers import ppo_rollout
+    from lifecycle_hf.trainers.policy import rollout
 
     epochs, tokenizer = setting.epochs or args.epochs, AutoTokenizer.from_pretrained(paths["tokenizer"])
     probe, half = Probe(args, connection, epochs), setting.bf16 or args.cuda
-    ppo_rollout.generate = probe.generating(ppo_rollout.generate, lambda given, ids: ids)
-    ppo_rollout.RolloutMaker.make = probe.marking(ppo_rollout.RolloutMaker.make)
+    rollout.generate = probe.generating(rollout.generate, lambda given, ids: ids)
+    rollout.RolloutMaker.make = probe.marking(rollout.RolloutMaker.make)
     own = {"value": setting.value, "ppo_epochs": epochs, "max_steps": epochs * (args.updates + 1)}
     own |= {"max_prompt_length": args.prompt_tokens, "max_completion_length": args.new_tokens}
     own |= {"stop_tokens": [tokenizer.eos_token if args.ragged else tokenizer.pad_token], "bf16": half}
@@ -292,7 +292,7 @@ def work(side: str, setting: Setting, args, paths: dict, rows: list[dict], conne
 
 
 def measure(name: str, args, paths: dict, rows: list[dict]) -> dict:
-    from lifecycle_hf.trainers.rollout_buffer import shuffled
+    from lifecycle_hf.trainers.policy.buffer import shuffled
 
     setting = SETTINGS[name]
     in_order = [rows[i] for i in shuffled(len(rows), SEED)]  # as our trainer will shuffle them

@@ -28,25 +28,25 @@ class Gain(NamedTuple):
 
 
 def no_merging() -> None:
-    from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
+    from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 
     RolloutMaker._merges = lambda self, actor_critic: False
 
 
 def no_compacting() -> None:
-    from lifecycle_hf import rollouts
+    from lifecycle_hf.completions import sampling
 
-    rollouts.COMPACT_FROM = 2
+    sampling.COMPACT_FROM = 2
 
 
 def no_packing() -> None:
-    from lifecycle_hf import scoring
+    from lifecycle_hf.completions import scoring
 
     scoring.packs = lambda model: False
 
 
 def no_settling() -> None:
-    from lifecycle_hf.trainers.ppo import PPOTrainer
+    from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 
     PPOTrainer._settles_values = lambda self: False
 

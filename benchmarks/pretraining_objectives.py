@@ -30,10 +30,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from lifecycle_hf import PretrainingConfig
-from lifecycle_hf.alignment_tax.bootstrap import Measurement, ratio
 from lifecycle_hf.data.corpora import python_documentation, read_corpus, split_tail, train_tokenizer
 from lifecycle_hf.data.denoising import IGNORED, is_any_of
-from lifecycle_hf.trainers.pretraining import OBJECTIVES, PretrainingTrainer, new_model, row_plan, sample
+from lifecycle_hf.evaluation.bootstrap import Measurement, ratio
+from lifecycle_hf.trainers.supervised.pretraining import OBJECTIVES, PretrainingTrainer, new_model, row_plan, sample
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 PHASES = {"ul2r": "ul2"}

@@ -42,7 +42,7 @@ def make_model(kind: str, path: str):
 
 def work(side, kind, path, shape, connection, folder):
     """A worker: measures one step of its side for every go."""
-    from lifecycle_hf.alignment_tax.projection import OrthogonalProjection
+    from lifecycle_hf.mitigation.projection import OrthogonalProjection
 
     prepare()
     model = make_model(kind, path)

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from lifecycle_hf import cli
-from lifecycle_hf.alignment_tax.interpolation import interpolate
 from lifecycle_hf.evaluation import Evaluation, measure_tax
+from lifecycle_hf.mitigation.interpolation import interpolate
 
 DEFAULT_ALIGNED = "output/ppo"
 CAPABILITY = (
@@ -64,7 +64,8 @@ def parse(argv=None):
 def main(args):
     own = ("base", "aligned", "interpolate", "output_dir")
     asked = {name: value for name, value in vars(args).items() if name not in own}
-    evaluation = Evaluation(**asked | {"capability": args.capability or [], "alignment": args.alignment or []})
+    alignment = [cli.resolve_model(name, "reward") for name in args.alignment or []]
+    evaluation = Evaluation(**asked | {"capability": args.capability or [], "alignment": alignment})
     base, aligned = cli.resolve_model(args.base, "sft"), list(args.aligned)
     for name in args.aligned:
         for alpha in args.interpolate:

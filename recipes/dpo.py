@@ -14,7 +14,7 @@ from pathlib import Path
 from trl import ModelConfig
 
 from lifecycle_hf import PreferenceConfig, PreferenceTrainer, cli
-from lifecycle_hf.trainers.preference import OBJECTIVES
+from lifecycle_hf.trainers.preference.paired import OBJECTIVES
 
 
 @dataclass
@@ -28,11 +28,11 @@ class PreferenceArguments(cli.MeasuredArguments):
 
 def main(script_args, args, model_args):
     inputs = cli.trainer_inputs(script_args, args, model_args, "reward", start="sft")
-    inputs["eval_dataset"] = cli.held_out(inputs["eval_dataset"], script_args.measure_rows)
+    inputs["eval_dataset"] = cli.first_rows(inputs["eval_dataset"], script_args.measure_rows)
     trainer = PreferenceTrainer(**inputs, objective=script_args.objective)
     evaluated = {"reward_accuracy": ("eval_rewards/accuracies", True), "chosen_logp": ("eval_logps/chosen", True)}
     cli.monitor_preferences(trainer, script_args, evaluated)
-    cli.train_and_report(trainer, script_args, model_args)
+    cli.train_and_report(trainer, script_args)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from lifecycle_hf import KTOConfig, KTOTrainer, cli
 
 def main(script_args, args, model_args):
     inputs = cli.trainer_inputs(script_args, args, model_args, "reward", start="sft")
-    inputs["eval_dataset"] = cli.held_out(inputs["eval_dataset"], script_args.measure_rows)
+    inputs["eval_dataset"] = cli.first_rows(inputs["eval_dataset"], script_args.measure_rows)
     trainer = KTOTrainer(**inputs)
     evaluated = {"reward_margin": ("eval_rewards/margins", True), "kl": ("eval_kl", False)}
     cli.monitor_preferences(trainer, script_args, evaluated)
-    cli.train_and_report(trainer, script_args, model_args)
+    cli.train_and_report(trainer, script_args)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(script_args, args, model_args):
         reward_funcs=[cli.resolve_reward(name) for name in script_args.reward_funcs],
         args=args,
         train_dataset=train,
-        eval_dataset=cli.held_out(test, script_args.measure_rows),
+        eval_dataset=cli.first_rows(test, script_args.measure_rows),
         ptx_dataset=texts[0],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
@@ -49,7 +49,7 @@ def main(script_args, args, model_args):
     if every and test:
         evaluated = {"proxy_reward": ("eval_score", True), "kl": ("eval_kl", False)}
         cli.monitor_tax(trainer, script_args, every, evaluated, texts[1])
-    cli.train_and_report(trainer, script_args, model_args)
+    cli.train_and_report(trainer, script_args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from trl import ModelConfig
 from lifecycle_hf import PretrainingConfig, cli
 from lifecycle_hf.data.corpora import train_tokenizer
 from lifecycle_hf.models.loading import load_tokenizer
-from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model, sample
+from lifecycle_hf.trainers.supervised.pretraining import PretrainingTrainer, new_model, sample
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -48,7 +48,7 @@ def main(script_args, args, model_args):
     trainer.train(resume_from_checkpoint=cli.resume_point(args))
     report = trainer.evaluate() if test is not None else {}
     text = sample(trainer, script_args.prompt)
-    cli.finish(trainer, script_args, model_args, report | ({"sample": text} if text else {}))
+    cli.finish(trainer, script_args, report | ({"sample": text} if text else {}))
     trainer.accelerator.print(f"Held out: {report}\nSample: {text}\nModel and report.json are in {args.output_dir}")
 
 

@@ -17,14 +17,7 @@ from lifecycle_hf import RewardConfig, RewardTrainer, cli
 
 def main(script_args, args, model_args):
     trainer = RewardTrainer(**cli.trainer_inputs(script_args, args, model_args, "reward", start="sft"))
-    trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=cli.resume_point(args))
-    report = {} if trainer.eval_dataset is None else trainer.finalize()
-    tax = trainer.tax_report
-    cli.finish(trainer, script_args, model_args, report | ({"before_after": tax.to_json()} if tax else {}))
-    if tax and trainer.is_world_process_zero():
-        print(tax.to_terminal(title="Held-out pairs"))
-    trainer.accelerator.print(f"Model, report.json and calibration.png are in {args.output_dir}")
+    cli.train_and_report(trainer, script_args, trainer.finalize, title="Held-out pairs")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from lifecycle_hf.scaling import fit_scaling_law, plan_ladder
 from lifecycle_hf.scaling.fit import FEWEST
 from lifecycle_hf.scaling.law import COLUMNS, short_count, short_flops
 from lifecycle_hf.scaling.points import load_runs, read_points, save_runs, tell
-from lifecycle_hf.trainers.pretraining import PretrainingTrainer, new_model, row_plan
-from lifecycle_hf.trainers.stage import own_copy
+from lifecycle_hf.trainers.supervised.base import own_copy
+from lifecycle_hf.trainers.supervised.pretraining import PretrainingTrainer, new_model, row_plan
 
 OF_TEXT = ("dataset_name", "tokenizer_name", "vocab_size")
 OF_TRAINING = ("objective", "max_length", "learning_rate", "train_batch_size", "gradient_accumulation_steps", "seed")

@@ -17,14 +17,7 @@ from lifecycle_hf import SFTConfig, SFTTrainer, cli
 
 def main(script_args, args, model_args):
     trainer = SFTTrainer(**cli.trainer_inputs(script_args, args, model_args, "sft", start="init"))
-    trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=cli.resume_point(args))
-    report = {} if trainer.eval_dataset is None else trainer.evaluate()
-    tax = trainer.tax_report
-    cli.finish(trainer, script_args, model_args, report | ({"before_after": tax.to_json()} if tax else {}))
-    if tax and trainer.is_world_process_zero():
-        print(tax.to_terminal(title="Held-out loss"))
-    trainer.accelerator.print(f"Model and report.json are in {args.output_dir}")
+    cli.train_and_report(trainer, script_args, trainer.evaluate, title="Held-out loss")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from lifecycle_hf.trainers.ppo import PPOTrainer
-from lifecycle_hf.trainers.ppo_config import PPOConfig
+from lifecycle_hf.trainers.policy.config import PPOConfig
+from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
 

@@ -13,6 +13,7 @@ import yaml
 from transformers import Trainer
 
 import lifecycle_hf
+from lifecycle_hf import PPOTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lifecycle_hf"
@@ -21,18 +22,26 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(RECIPES.glob("*.py"))
 CONFIGS = sorted([*(REPOSITORY / "accelerate_configs").glob("*.yaml"), *RECIPES.rglob("*.yaml")])
 
-# A file imports only from its own column or from columns before it.
-COLUMNS = (
-    {"data", "objectives", "alignment_tax", "adapters"},
+# A file imports only from its own floor or from floors below.
+FLOORS = (
+    {"objectives", "data"},
     {"models"},
-    {"scoring", "rollouts", "rewards", "memory", "scaling"},
-    {"trainers"},
-    {"toyworld", "parsing", "cli"},
-    {"evaluation"},
+    {"completions", "scaling"},
+    {"evaluation", "mitigation", "curation", "synthesis"},
+    {"trainers", "alignment_tax"},
+    {"cli", "toyworld"},
     {"recipes"},
 )
-COLUMN_OF = {name: index for index, names in enumerate(COLUMNS) for name in names}
-MOST_LINES = {"file": 450, "function": 60, "recipe": 100, "package": 9400}
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
+MOST_LINES = {"file": 450, "function": 60, "class": 330, "recipe": 100, "package": 9450}
+OVERRIDES = {
+    "trainers/base/checkpoints.py": {
+        "_get_output_dir", "_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
+        "_push_from_checkpoint", "_save", "_save_checkpoint",
+    },
+    "trainers/policy/ppo.py": {"_get_grad_norm"},
+}  # fmt: skip
+"""Underscore methods of transformers' Trainer that the package overrides, by file. There were 12 in 4 files."""
 
 
 def relative(path):
@@ -48,12 +57,13 @@ def lines(path):
 
 
 def part(path):
-    """The name of the column's member that a file belongs to: `models` of lifecycle_hf/models/heads.py."""
-    return "recipes" if path.parent == RECIPES else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The folder that a file belongs to: `models` of lifecycle_hf/models/heads.py."""
+    return "recipes" if path.parent == RECIPES else path.relative_to(PACKAGE).parts[0]
 
 
-def imported_parts(path):
-    """Members of columns that a file imports: `models` for `from lifecycle_hf.models import heads`."""
+def imported(path):
+    """(dotted name below lifecycle_hf, line) of all that a file imports: `models.heads` for `from lifecycle_hf.models
+    import heads`."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -63,27 +73,38 @@ def imported_parts(path):
         else:
             continue
         for name in names:
-            package, *rest = name.split(".")
-            if package == "lifecycle_hf" and rest and rest[0] in COLUMN_OF:
-                yield rest[0], node.lineno
+            package, _, rest = name.partition(".")
+            if package == "lifecycle_hf" and rest.partition(".")[0] in FLOOR_OF:
+                yield rest, node.lineno
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.parent != PACKAGE or p.stem != "__init__"] + SCRIPTS, ids=relative
-)
-def test_imports_run_one_way(path):
-    assert part(path) in COLUMN_OF, f"{relative(path)} stands in no column of DESIGN"
-    for name, line in imported_parts(path):
-        assert COLUMN_OF[name] <= COLUMN_OF[part(path)], f"{relative(path)}:{line} imports {name} from the right"
+def test_nothing_but_init_stands_at_the_root():
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parent != PACKAGE] + SCRIPTS, ids=relative)
+def test_imports_run_downward(path):
+    assert part(path) in FLOOR_OF, f"{relative(path)} stands on no floor of DESIGN"
+    for name, line in imported(path):
+        floor = FLOOR_OF[name.partition(".")[0]]
+        assert floor <= FLOOR_OF[part(path)], f"{relative(path)}:{line} imports {name} from a floor above"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if part(path) == "trainers"], ids=relative)
+def test_kinds_of_trainers_share_the_base_alone(path):
+    for name, line in imported(path):
+        if name.startswith("trainers.") and path.parent.name != "trainers":
+            assert name.split(".")[1] in ("base", path.parent.name), f"{relative(path)}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)
-def test_files_and_functions_are_short(path):
+def test_files_classes_and_functions_are_short(path):
     assert lines(path) <= MOST_LINES["recipe" if path in SCRIPTS else "file"]
     for node in ast.walk(tree(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MOST_LINES["function"], f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
+        kinds = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "function", ast.ClassDef: "class"}
+        if type(node) in kinds:
+            length, most = node.end_lineno - node.lineno + 1, MOST_LINES[kinds[type(node)]]
+            assert length <= most, f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
 
 
 def code_lines(path):
@@ -170,6 +191,28 @@ def test_an_override_would_be_found():
     assert overrides(Careless, package=__name__.partition(".")[0]) == ["_metrics", "_prepare_dataset", "_tag_names"]
 
 
+def underscore_overrides(path):
+    """Methods in a file's trainers and mixins whose names transformers' Trainer has with an underscore."""
+    theirs = {name for name in vars(Trainer) if name.startswith("_") and not name.endswith("__")}
+    classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in classes if node.name.endswith(("Trainer", "Mixin"))]
+    return {item.name for node in classes for item in node.body if isinstance(item, ast.FunctionDef)} & theirs
+
+
+def test_underscore_methods_are_overridden_in_two_files_alone():
+    found = {str(path.relative_to(PACKAGE)): underscore_overrides(path) for path in SOURCES}
+    assert {file: names for file, names in found.items() if names} == OVERRIDES
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*OVERRIDES.values())))
+def test_transformers_still_has_and_calls_what_is_overridden(name):
+    assert name in vars(Trainer), f"transformers' Trainer has no {name} any more: see {OVERRIDES}"
+    for mine in [cls for cls in PPOTrainer.__mro__ if name in vars(cls) and cls.__module__.startswith("lifecycle_hf")]:
+        theirs, ours = (list(inspect.signature(vars(cls)[name]).parameters) for cls in (Trainer, mine))
+        assert ours == theirs, f"transformers' {name} takes {theirs}, {mine.__name__}'s takes {ours}"
+    assert f"self.{name}(" in inspect.getsource(Trainer), f"transformers' Trainer does not call {name} any more"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
 def test_configurations_parse(path):
     options = yaml.safe_load(path.read_text())
@@ -184,6 +227,8 @@ def test_public_names_are_all_there():
         _ = lifecycle_hf.PPPTrainer
 
 
-def test_importing_the_package_imports_no_torch():
-    code = "import sys, lifecycle_hf; assert not {'torch', 'transformers'} & set(sys.modules)"
+def test_importing_the_package_plants_no_import_hook():
+    code = "import sys; before = list(sys.meta_path); import lifecycle_hf; print(sys.meta_path[: -len(before)])"
+    code += "; assert not any('lifecycle_hf' in type(finder).__module__ for finder in sys.meta_path)"
+    code += "; assert 'lifecycle_hf.trainers' not in sys.modules and 'trl' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

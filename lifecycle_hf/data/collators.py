@@ -52,3 +52,8 @@ def prompt_lengths(
     before = (learnt.cumsum(1) - learnt.long()).gather(1, start)
     lengths = labels.new_zeros(len(labels), int(documents.max()) + 1)
     return lengths.scatter_add(1, documents, (learnt.cumsum(1) == before).long())
+
+
+def shuffled(n: int, seed: int) -> list[int]:
+    """Return a permutation of range(n) that depends on `seed` alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()

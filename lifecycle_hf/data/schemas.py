@@ -23,6 +23,21 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
+def check_train_dataset(dataset, trainer: str) -> None:
+    """Check that there is a dataset with a length.
+
+    Raises:
+        ValueError: no dataset, or a streamed one.
+    """
+    if dataset is None:
+        raise ValueError(f"{trainer}: train_dataset is missing.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{trainer}: train_dataset is a {type(dataset).__name__}; give a datasets.Dataset (one split, not "
+            "streamed), since rows that can't be used are counted and reported before training."
+        )
+
+
 def validate(dataset: Dataset, schema: str, where: str) -> None:
     """Check that `dataset` has the columns of `schema` and at least one row.
 

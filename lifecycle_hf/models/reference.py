@@ -11,46 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lifecycle_hf.models.loading import is_sharded, load_causal_lm, whole
-from lifecycle_hf.models.shared_base import SharedBase, role_weights
+from lifecycle_hf.models.loading import is_sharded, whole
+from lifecycle_hf.models.roles import role_weights
 
 SAMPLE = 4096
-
-
-def make_reference(
-    model,
-    ref_model,
-    policy: nn.Module,
-    shared: SharedBase | None,
-    *,
-    trained_adapter: bool,
-    kwargs: dict,
-    ref_kwargs: dict,
-) -> tuple[str | None, nn.Module | None]:
-    """(role of the shared base, None) or (None, frozen model).
-
-    Args:
-        model: what the policy was made from, a name or an object.
-        ref_model: the user's choice, a name or an object, or None.
-        policy, shared: the policy, and its roles where it is a PeftModel.
-        trained_adapter: whether the policy starts from an adapter that was trained before.
-        kwargs, ref_kwargs: how `model` and `ref_model` are loaded by name.
-
-    Raises:
-        ValueError: `ref_model` is the policy itself.
-    """
-    if ref_model is not None and ref_model is model and not isinstance(model, str):
-        raise ValueError("ref_model is the model that trains, and would be frozen with it: leave ref_model out.")
-    if ref_model is not None:
-        return None, load_causal_lm(ref_model, init_kwargs=ref_kwargs).eval()
-    if shared is None:
-        if isinstance(model, str):
-            return None, load_causal_lm(model, init_kwargs=kwargs).eval()
-        return None, frozen_copy(policy)
-    if trained_adapter:
-        shared.copy_role("reference", shared.policy)
-        return "reference", None
-    return "base", None
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,1 +1,35 @@
-"""Losses as pure functions: tensors in, per-example (or per-token) tensors out."""
+"""Losses as pure functions: tensors in, one number per example (or per token) out. They need torch alone."""
+
+from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
+from lifecycle_hf.objectives.policy import (
+    discounted_returns,
+    generalized_advantage_estimate,
+    kl_estimate,
+    ppo_policy_loss,
+    ppo_value_loss,
+    token_rewards,
+    whiten,
+)
+from lifecycle_hf.objectives.preference import dpo_loss, ipo_loss, log_odds, orpo_loss
+from lifecycle_hf.objectives.reward import bradley_terry_loss
+from lifecycle_hf.objectives.unpaired import class_balance, kto_loss, kto_reference_point
+
+__all__ = [
+    "bradley_terry_loss",
+    "causal_lm_loss",
+    "class_balance",
+    "discounted_returns",
+    "dpo_loss",
+    "generalized_advantage_estimate",
+    "ipo_loss",
+    "kl_estimate",
+    "kto_loss",
+    "kto_reference_point",
+    "log_odds",
+    "masked_lm_loss",
+    "orpo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "token_rewards",
+    "whiten",
+]

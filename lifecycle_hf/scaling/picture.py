@@ -1,10 +1,23 @@
-"""Loss at equal compute, and the best use of compute, as a picture."""
+"""The style of all pictures, and the picture of a scaling law: loss at equal compute, and the best use of compute."""
 
 import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lifecycle_hf.scaling.law import ScalingLaw, between, short_count, short_flops
 
-INK, FAINT, BAND = "#1f2937", "#e5e7eb", "#2563eb"
+INK, GREY, BAND = "#1f2937", "#9ca3af", "#2563eb"
+STYLE = {
+    "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.titlesize": 12, "figure.titleweight": "bold",
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "axes.edgecolor": GREY,
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.8,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
+}  # fmt: skip
+"""Matplotlib's settings for every picture of the library."""
 SAME_BUDGET = 0.1
 
 
@@ -23,6 +36,7 @@ def merged(budgets, others) -> list[float]:
     return sorted([*kept, *others])
 
 
+@rc_context(STYLE)
 def draw_isoflop(law: ScalingLaw, points, budgets, path, *, level: float = 0.95):
     """Draw loss against N at each budget, and N_opt and D_opt against C with their intervals, and save a PNG.
 
@@ -31,17 +45,12 @@ def draw_isoflop(law: ScalingLaw, points, budgets, path, *, level: float = 0.95)
         budgets: FLOPs C.
         path: the PNG to write.
     """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points, budgets = np.asarray(points, dtype=float), np.sort(budgets)
     colours = colormaps["viridis_r"](np.linspace(0.12, 0.95, len(budgets)))
     flops = 6 * points[0] * points[1]
     distance = np.abs(np.log(flops[:, None] / budgets))
     budget_of = np.where(distance.min(axis=1) < SAME_BUDGET, distance.argmin(axis=1), -1)
-    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(13, 4.2))
     left, *right = figure.subplots(1, 3, width_ratios=(1.7, 1, 1))
     _draw_valleys(left, law, points, budgets, budget_of, colours)
     groups = [np.flatnonzero(budget_of == index) for index in range(len(budgets))]
@@ -58,16 +67,17 @@ def draw_isoflop(law: ScalingLaw, points, budgets, path, *, level: float = 0.95)
         axes.scatter(budgets, [getattr(best, name) for best in marked], marker="D", s=34, color=colours, zorder=4)
         axes.plot(flops[best_runs], measured[best_runs], "o", mfc="none", mec=INK, label="best run of a budget")
         axes.set_yscale("log")
-        _style(axes, title, "compute C = 6ND (FLOPs)", counts=axes.yaxis)
-        axes.legend(fontsize=8, frameon=False, loc="upper left")
-    figure.savefig(path, facecolor="white")
+        axes.set(title=title, xscale="log", xlabel="compute C = 6ND (FLOPs)")
+        _label_counts(axes.yaxis)
+        axes.legend(loc="upper left")
+    figure.savefig(path)
 
 
 def _draw_valleys(axes, law, points, budgets, budget_of, colours):
     """Loss against N: a curve, its runs and its minimum for every budget."""
     n, _, losses = points
     other = budget_of < 0
-    axes.plot(n[other], losses[other], ".", color="#9ca3af", markersize=3, alpha=0.6, zorder=1)
+    axes.plot(n[other], losses[other], ".", color=GREY, markersize=3, alpha=0.6, zorder=1)
     minima = [law.optimum(flops) for flops in budgets]
     lowest = ([best.parameters for best in minima], [best.loss for best in minima])
     sizes = np.geomspace(min(n.min(), *lowest[0]) / 1.5, max(n.max(), *lowest[0]) * 1.5, 200)
@@ -79,26 +89,18 @@ def _draw_valleys(axes, law, points, budgets, budget_of, colours):
     descent = ([best.parameters for best in between_them], [best.loss for best in between_them])
     axes.plot(*descent, "--", color=INK, linewidth=1, zorder=3)
     axes.scatter(*lowest, marker="D", s=46, color=colours, edgecolors=INK, zorder=4)
-    _style(axes, "Loss at equal compute: measured runs, law, and its minimum (◆)", "parameters N", counts=axes.xaxis)
+    title = "Loss at equal compute: measured runs, law, and its minimum (◆)"
+    axes.set(title=title, xscale="log", xlabel="parameters N")
+    _label_counts(axes.xaxis)
     heights = np.concatenate([losses, lowest[1]])
     margin = 0.06 * np.ptp(heights)
     axes.set(ylabel="loss (nats per token)", ylim=(heights.min() - margin, heights.max() + margin))
     axes.set_xlim(sizes[0], sizes[-1])
-    axes.legend(title="C (FLOPs)", fontsize=8, title_fontsize=8, edgecolor="none", loc="upper right")
+    axes.legend(title="C (FLOPs)", title_fontsize=8, loc="upper right")
 
 
-def _style(axes, title, xlabel, counts):
-    """Titles and grid; `counts` is the logarithmic axis that is labelled 300M, 1B, 3B."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_title(title, fontsize=10, loc="left", color=INK)
-    axes.set(xscale="log", xlabel=xlabel)
-    counts.set_major_locator(LogLocator(subs=(1, 3)))
-    counts.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-    counts.set_minor_formatter(NullFormatter())
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK, which="both", length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#9ca3af")
+def _label_counts(axis):
+    """Label a logarithmic axis 300M, 1B, 3B."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axis.set_minor_formatter(NullFormatter())

@@ -4,10 +4,26 @@ Facts and sums are its capability, courtesy and refusals of forbidden requests i
 judge only: every trainer runs on it through the same public interface as on a real model.
 """
 
+from lifecycle_hf.data.loading import SOURCES
+from lifecycle_hf.evaluation.checkpoints import WORLDS, World
 from lifecycle_hf.toyworld.data import dataset
-from lifecycle_hf.toyworld.evaluation import measure, questions
+from lifecycle_hf.toyworld.evaluation import HIGHER_IS_BETTER, measure, questions
 from lifecycle_hf.toyworld.gold import gold_reward
 from lifecycle_hf.toyworld.model import build_model, build_tokenizer
 from lifecycle_hf.toyworld.stages import stage_checkpoint
 
-__all__ = ["build_model", "build_tokenizer", "dataset", "gold_reward", "measure", "questions", "stage_checkpoint"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "build_model",
+    "build_tokenizer",
+    "dataset",
+    "gold_reward",
+    "measure",
+    "questions",
+    "stage_checkpoint",
+]
+
+SOURCES["toyworld"] = dataset
+WORLDS["toyworld"] = World(
+    measure, questions, {"perplexity": False} | HIGHER_IS_BETTER, alignment=("gold_reward", "refusal_rate")
+)

@@ -6,15 +6,17 @@ import random
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lifecycle_hf.alignment_tax.bootstrap import Measurement
-from lifecycle_hf.alignment_tax.metrics import perplexity
-from lifecycle_hf.rollouts import generate, stop_token_ids
+from lifecycle_hf.completions.sampling import generate, stop_token_ids
+from lifecycle_hf.evaluation.bootstrap import Measurement
+from lifecycle_hf.evaluation.metrics import perplexity
 from lifecycle_hf.toyworld.data import dataset, draw_request
 from lifecycle_hf.toyworld.dialogue import requests
 from lifecycle_hf.toyworld.gold import is_clean_refusal, is_correct, is_refusal, judge, text_of
 from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, is_held_out
 
 COMPLETION_TOKENS = 32
+HIGHER_IS_BETTER = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
+"""What is measured in the toy world, and whether more is better."""
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: int = 128, seed: int = 0) -> dict:

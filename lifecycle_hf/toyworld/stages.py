@@ -25,7 +25,7 @@ _WORLD = ("world.py", "dialogue.py", "model.py")
 _BACKBONE = ("configuration_lifecycle.py", "modeling_lifecycle.py")
 _DATA = ("gold.py", "data.py")
 _PREVIOUS = {"init": None, "sft": "init", "reward": "sft"}
-_TRAINERS = {"sft": ("sft.py", "stage.py", "base.py"), "reward": ("reward.py", "stage.py", "base.py")}
+_TRAINERS = ("supervised/{stage}.py", "supervised/base.py", "base/trainer.py")
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "NODE_RANK", "GROUP_", "ROLE_", "TORCHELASTIC_",
                      "ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")  # fmt: skip
 _MARKER = ".complete"
@@ -103,7 +103,7 @@ def _sources(stage: str) -> list[Path]:
     if stage == "init":
         paths += [package / "models" / "lifecycle" / name for name in _BACKBONE]
     else:
-        paths += [package / "trainers" / name for name in _TRAINERS[stage]]
+        paths += [package / "trainers" / name.format(stage=stage) for name in _TRAINERS]
         paths += [_ROOT / "recipes" / f"{stage}.py", _ROOT / "recipes" / "configs" / f"{stage}_toyworld.yaml"]
     return paths
 

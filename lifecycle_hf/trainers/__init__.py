@@ -1,1 +1,1 @@
-"""One trainer per stage, each beside its config."""
+"""One trainer per way of training, each beside its options."""

@@ -16,14 +16,14 @@ from ending import end
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from lifecycle_hf.trainers import ppo_rollout
-from lifecycle_hf.trainers.ppo import PPOTrainer
-from lifecycle_hf.trainers.ppo_config import PPOConfig
+from lifecycle_hf.trainers.policy import rollout
+from lifecycle_hf.trainers.policy.config import PPOConfig
+from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
 TEXTS = ["The capital of France is Paris.", "Two and three make five.", "hello there", "a small red fox"] * 2
 NAMES = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
-sampled = ppo_rollout.generate
+sampled = rollout.generate
 
 
 def recorded(policy, prompt_ids, **options):
@@ -85,10 +85,10 @@ def run(output, batch, model, reward, mode):
         model, reward, args, Dataset.from_dict({"prompt": PROMPTS}), peft_config=peft,
         ptx_dataset=Dataset.from_dict({"text": TEXTS}),
     )  # fmt: skip
-    ppo_rollout.generate = recorded
+    rollout.generate = recorded
     trainer.train()
     assert trainer.is_fsdp_enabled == any(isinstance(p, DTensor) for p in trainer.model.parameters())
-    ppo_rollout.generate = sampled
+    rollout.generate = sampled
     rows = [trainer.train_dataset[i] for i in range(args.local_rollout_size)]
     lengths = [b["completion_lengths"].tolist() for b in trainer.rollouts.make(rows, trainer.metrics["eval"])]
     trainer.save_model()

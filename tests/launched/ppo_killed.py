@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from lifecycle_hf import PPOTrainer, cli
-from lifecycle_hf.trainers.callbacks import TaxMonitor
-from lifecycle_hf.trainers.ppo_rollout import RolloutMaker
+from lifecycle_hf.trainers.base.callbacks import TaxMonitor
+from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
 WATCHED = (

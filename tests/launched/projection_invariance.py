@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, PretrainingConfig, PretrainingTrainer
 from lifecycle_hf.data.corpora import python_documentation, train_tokenizer
-from lifecycle_hf.trainers.mitigations import ProjectionCallback
+from lifecycle_hf.trainers.base.mitigations import ProjectionCallback
 
 
 def whole(tensor):

@@ -16,8 +16,8 @@ if os.environ.get("FSDP_ON_CPU"):
     import fsdp_shim  # noqa: F401
 
 from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from lifecycle_hf.alignment_tax.trade_off import LagrangeMultiplier
-from lifecycle_hf.trainers.capability import CapabilityLoss
+from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
+from lifecycle_hf.trainers.base.capability import CapabilityLoss
 
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 

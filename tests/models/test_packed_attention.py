@@ -11,8 +11,8 @@ from transformers.integrations import flex_attention as flex_integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lifecycle_hf.completions.scoring import Completions, completion_logprobs
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
-from lifecycle_hf.scoring import Completions, completion_logprobs
 
 close = torch.testing.assert_close
 TREES = [(2, [2, 1]), (1, [2])]  # x x a a b, x a a

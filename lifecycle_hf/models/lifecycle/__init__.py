@@ -1,5 +1,6 @@
-"""One decoder with three ways of attention, known to transformers' Auto classes and to PEFT once this is imported."""
+"""One decoder with three ways of attention. Its import registers it with transformers' Auto classes and with PEFT."""
 
+import peft.utils.constants as peft_defaults
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,5 +32,9 @@ LifecycleConfig.register_for_auto_class()
 for auto, model in _AUTO.items():
     auto.register(LifecycleConfig, model, exist_ok=True)
     model.register_for_auto_class(auto.__name__)
+
+for table in vars(peft_defaults).values():  # the layers that each method of PEFT adapts by default, by model type
+    if isinstance(table, dict) and "llama" in table:
+        table.setdefault(LifecycleConfig.model_type, table["llama"])
 
 __all__ = ["LifecycleConfig", *(model.__name__ for model in _AUTO.values())]

@@ -1,0 +1,40 @@
+"""Know what alignment cost: metrics that remember their items, and reports with intervals."""
+
+from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
+from lifecycle_hf.evaluation.calibration import (
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability_bins,
+)
+from lifecycle_hf.evaluation.checkpoints import Evaluation, measure_tax
+from lifecycle_hf.evaluation.diversity import distinct_n, self_bleu, token_entropy
+from lifecycle_hf.evaluation.metrics import exact_match, kl_to_reference, multiple_choice, perplexity
+from lifecycle_hf.evaluation.pareto import hypervolume, pareto_front
+from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization, plot_pareto, plot_reliability
+from lifecycle_hf.evaluation.report import TaxReport
+
+__all__ = [
+    "Evaluation",
+    "Measurement",
+    "TaxReport",
+    "bootstrap_interval",
+    "brier_score",
+    "distinct_n",
+    "exact_match",
+    "expected_calibration_error",
+    "hypervolume",
+    "kl_to_reference",
+    "measure_tax",
+    "multiple_choice",
+    "negative_log_likelihood",
+    "pareto_front",
+    "perplexity",
+    "plot_history",
+    "plot_overoptimization",
+    "plot_pareto",
+    "plot_reliability",
+    "reliability_bins",
+    "self_bleu",
+    "token_entropy",
+]

@@ -1,0 +1,1 @@
+"""The parts of a model that PEFT trains: adapters, and their names."""

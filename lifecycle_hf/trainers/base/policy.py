@@ -1,0 +1,282 @@
+"""A policy and its reference as one module, and what the trainers of such a module share."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from lifecycle_hf.completions.scoring import Completions, completion_logprobs
+from lifecycle_hf.data.tokenize import require_eos
+from lifecycle_hf.models.loading import check_pad_token, load_causal_lm, load_tokenizer, save_adapter_notes
+from lifecycle_hf.models.reference import frozen_copy
+from lifecycle_hf.models.roles import SharedBase
+from lifecycle_hf.trainers.base.checkpoints import PolicyCheckpointMixin
+from lifecycle_hf.trainers.base.trainer import LifecycleTrainerMixin
+
+SHAPE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""What of a config must agree for a checkpoint to be of the same model."""
+
+
+class PolicyAndReference(nn.Module):
+    """The model that trains and what it is compared with, as one module, so that one engine (DDP, ZeRO) holds both.
+
+    Args:
+        policy: causal LM that trains, or a PeftModel over one.
+        reference: frozen causal LM, or None where `reference_role` names an adapter of the shared base, "base" for
+            the base with adapters off, or where there is no reference.
+        shared: the roles of the policy's PeftModel.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        reference: nn.Module | None = None,
+        shared: SharedBase | None = None,
+        reference_role: str | None = None,
+    ):
+        super().__init__()
+        self.policy = policy
+        self.reference = None if reference is None else reference.requires_grad_(False)
+        self.shared = shared
+        self.reference_role = reference_role
+
+    @property
+    def config(self):
+        return self.policy.config
+
+    @property
+    def policy_role(self) -> str | None:
+        return self.shared.policy if self.shared is not None else None
+
+    def role(self, role: str | None):
+        return self.shared.role(role) if self.shared is not None else nullcontext()
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Modules of their own that never train."""
+        return [] if self.reference is None else [self.reference]
+
+    def train(self, mode: bool = True):
+        """As in torch; what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shards one by one, by the names of their classes."""
+        models = [m for m in self.modules() if isinstance(m, PreTrainedModel)]
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
+    def tie_weights(self) -> None:
+        """Ties what the models tie; FSDP asks for it after it has moved them."""
+        for model in [m for m in self.modules() if isinstance(m, PreTrainedModel)]:
+            model.tie_weights()
+
+    @property
+    def checkpointed(self) -> list[nn.Module]:
+        """The models that gradient checkpointing is for."""
+        return [self.policy]
+
+    def activation_checkpointing_enable(self, **kwargs):
+        """Checkpoints what trains; roles on a shared base are recomputed under the right adapter."""
+        for model in self.checkpointed:
+            model.activation_checkpointing_enable(**kwargs)
+        if self.shared is not None:
+            self.policy.enable_input_require_grads()
+            self.shared.keep_roles_in_checkpointing()
+
+    def forward(
+        self,
+        batch: Completions | None = None,
+        texts: Completions | None = None,
+        *,
+        want: tuple[str, ...] = (),
+        temperature: float = 1.0,
+    ) -> dict[str, torch.Tensor]:
+        """Computes what `want` names.
+
+        "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`; "entropy_gradient" gives the entropies one.
+        "ref_states": the hidden states [B, T + 1, H] that "ref_logprobs" are read from. "prompt_logprobs": [B], see
+        [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
+        """
+        out = {}
+        if "ref_logprobs" in want:  # before the policy, whose activations are kept from its forward on
+            with torch.no_grad(), self.role(self.reference_role):
+                reference = self.reference if self.reference is not None else self.policy
+                states = "ref_states" in want
+                scores = completion_logprobs(reference, batch, temperature=temperature, states=states)
+                out |= {"ref_logprobs": scores.logprobs} | ({"ref_states": scores.states} if states else {})
+        if self.shared is not None:
+            self.shared.activate(self.policy_role)
+        if "logprobs" in want:
+            extra = {name: name in want for name in ("entropy", "entropy_gradient")}
+            extra["prompts"] = "prompt_logprobs" in want
+            scores = completion_logprobs(self.policy, batch, temperature=temperature, **extra)
+            out |= {name: value for name, value in scores._asdict().items() if value is not None}
+        if "texts" in want:
+            out["texts"] = completion_logprobs(self.policy, texts).logprobs
+        return out
+
+    def part(self, name: str, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """The weights of one submodule out of those of the whole, where these are given."""
+        prefix = f"{name}."
+        if state_dict is None:
+            return None
+        return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+
+    def save_pretrained(self, folder: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the policy as an ordinary checkpoint (or adapter).
+
+        Args:
+            state_dict: weights of this whole module, where they are sharded over processes.
+        """
+        if self.shared is None:
+            self.policy.save_pretrained(folder, state_dict=self.part("policy", state_dict))
+            return
+        self.shared.save_adapter(self.shared.policy, folder, self.part("policy", state_dict))
+        save_adapter_notes(self.policy, folder)
+
+    def load_pretrained(self, folder: str) -> None:
+        """Reads back what [`save_pretrained`] wrote.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another model, naming both.
+        """
+        if self.shared is not None:
+            self.shared.load_adapter(self.shared.policy, folder)
+        else:
+            load_weights(self.policy, folder)
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Reads the weights of a checkpoint into a model that stands already.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another model, naming what differs.
+    """
+    theirs = type(model.config).from_pretrained(folder)
+    for name in SHAPE:
+        here, there = getattr(model.config, name, None), getattr(theirs, name, None)
+        if here != there:
+            raise ValueError(
+                f"The checkpoint {folder} belongs to another base model: its {name} is {there!r}, the model here has "
+                f"{here!r}."
+            )
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+class PolicyBuilder:
+    """Turn names, paths and models into the policy that trains, its tokenizer and its reference.
+
+    Args:
+        args: options with `trust_remote_code` and those of `transformers.TrainingArguments`.
+        model: a name or path (of a model or an adapter), a causal LM or a PeftModel.
+        processing_class: tokenizer; by default the model's.
+        peft_config: the adapter to train, where `model` is not one already.
+        quantization_config, init_kwargs: how the policy is loaded.
+
+    Attributes:
+        policy: the causal LM, or a PeftModel over one.
+        shared: the roles of the policy's adapters; None without PEFT.
+        tokenizer: with an EOS and a pad token.
+        policy_kwargs, init_kwargs: keyword arguments of `from_pretrained` for the policy, and for other models.
+
+    Raises:
+        ValueError: a quantised model without an adapter, or a tokenizer without EOS or with a wrong pad token.
+    """
+
+    def __init__(
+        self, args, model, *, processing_class=None, peft_config=None, quantization_config=None, init_kwargs=None
+    ):
+        self.args, self.model, self.peft_config = args, model, peft_config
+        self.name = model if isinstance(model, str) else model.config._name_or_path
+        self.policy_kwargs = {**(init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
+        # A revision names a commit of the policy's repository and of no other.
+        self.init_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "revision"}
+        if processing_class is None:
+            processing_class = load_tokenizer(self.name, trust_remote_code=args.trust_remote_code)
+        self.tokenizer = processing_class
+        loaded = load_causal_lm(
+            model, quantization_config=quantization_config, init_kwargs=self.policy_kwargs, is_trainable=True
+        )
+        self.starts_from_adapter = isinstance(loaded, PeftModel)
+        self.policy = self._with_adapter(loaded)
+        self.shared = SharedBase(self.policy) if isinstance(self.policy, PeftModel) else None
+        require_eos(self.tokenizer, "processing_class")
+        check_pad_token(self.tokenizer, self.policy)
+        if self.tokenizer.pad_token_id is None:  # any token will do: masks come from lengths
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _with_adapter(self, policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        if self.starts_from_adapter:
+            if self.peft_config is not None:
+                warnings.warn(
+                    "The model is an adapter already and trains on as it is: peft_config does not shape it.",
+                    stacklevel=4,
+                )
+            return policy
+        if self.peft_config is None:
+            if getattr(policy, "is_quantized", False):
+                raise ValueError("A quantised model can't train by itself: pass a peft_config (--use_peft).")
+            return policy
+        plugin = self.args.deepspeed_plugin
+        sharded = plugin is not None and plugin.zero_stage == 3 and not getattr(policy, "is_quantized", False)
+        # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the base's.
+        config = copy.deepcopy(self.peft_config)
+        config.task_type = config.task_type or "CAUSAL_LM"  # what AutoPeftModelForCausalLM reads
+        return get_peft_model(policy, config, adapter_name="policy", autocast_adapter_dtype=not sharded)
+
+    def reference(self, ref_model=None) -> dict:
+        """Return the arguments `reference` and `reference_role` of [`PolicyAndReference`].
+
+        Without a `ref_model` the reference is the policy as it starts: with PEFT the base with its adapters off, or a
+        frozen copy of the adapter that the policy starts from; else a frozen copy, or the checkpoint loaded once more.
+
+        Args:
+            ref_model: the user's choice, a name or an object, or None.
+
+        Raises:
+            ValueError: `ref_model` is the policy itself, or ZeRO-3 has sharded the model that would be copied.
+        """
+        if ref_model is not None and ref_model is self.model and not isinstance(ref_model, str):
+            raise ValueError("ref_model is the model that trains, and would be frozen with it: leave ref_model out.")
+        if ref_model is None and self.starts_from_adapter:
+            self.shared.copy_role("reference", self.shared.policy)
+            return {"reference_role": "reference"}
+        if ref_model is None and self.shared is not None:
+            return {"reference_role": "base"}
+        if ref_model is None and not isinstance(self.model, str):
+            return {"reference": frozen_copy(self.policy)}
+        named, kwargs = (self.model, self.policy_kwargs) if ref_model is None else (ref_model, self.init_kwargs)
+        return {"reference": load_causal_lm(named, init_kwargs=kwargs).eval()}
+
+
+class PolicyTrainerMixin(PolicyCheckpointMixin, LifecycleTrainerMixin):
+    """Put this before `transformers.Trainer` in the bases of a trainer whose model is a [`PolicyAndReference`]."""
+
+    def check_engine(self) -> None:
+        """Check that these trainers run on the engine in force.
+
+        Raises:
+            ValueError: it is FSDP1, or DataParallel over several GPUs of one process.
+        """
+        name = type(self).__name__
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(f"{name} runs on FSDP2, not FSDP1: set fsdp_version: 2 (accelerate_configs/fsdp2.yaml).")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{name} sees {self.args.n_gpu} GPUs in one process, which would mean DataParallel: start it with "
+                "`accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )

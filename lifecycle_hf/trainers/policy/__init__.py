@@ -1,0 +1,1 @@
+"""Trainers that learn from the completions that they sample: PPO."""

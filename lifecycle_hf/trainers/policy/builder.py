@@ -1,0 +1,243 @@
+"""Names, paths, models and callables to the one module that PPO runs, with everything checked before training."""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from lifecycle_hf.completions.rewards import CallableReward
+from lifecycle_hf.completions.scoring import unwrapped
+from lifecycle_hf.data.schemas import to_prompts
+from lifecycle_hf.data.tokenize import tokenize_prompts
+from lifecycle_hf.models.heads import RewardModel
+from lifecycle_hf.models.loading import (
+    disable_dropout,
+    is_adapter,
+    is_sharded,
+    load_classifier,
+    load_reward_model,
+    load_tokenizer,
+    read_adapter_notes,
+    whole,
+)
+from lifecycle_hf.models.roles import SharedBase, load_adapter_weights, role_weights
+from lifecycle_hf.trainers.base.policy import PolicyBuilder
+from lifecycle_hf.trainers.policy.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
+from lifecycle_hf.trainers.policy.config import PPOConfig
+
+VALUE_IS = {"head": "a head on the reference's states", "adapter": "an adapter on the policy's base"}
+ROLES = ("base", "policy", "value", "reference", "default")
+
+
+@dataclass
+class RewardSource:
+    """One reward function: a callable, or the name of a reward model inside the [`ActorCritic`] and its tokenizer."""
+
+    name: str
+    function: CallableReward | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class ActorCriticBuilder(PolicyBuilder):
+    """Turn the arguments of [`PPOTrainer`] into the module that PPO runs; see there for what each may be.
+
+    Attributes:
+        rewards: what scores a completion, in the order of `reward_funcs`.
+        reward_models: the reward models among them by name; they become part of the module.
+    """
+
+    def build(self, reward_funcs, reward_processing_classes=None, value_model=None, ref_model=None) -> ActorCritic:
+        """Return the module, with dropout off where the options say so, and set `rewards`."""
+        self.rewards: list[RewardSource] = []
+        self.reward_models: dict[str, nn.Module] = {}
+        self._add_rewards(reward_funcs, reward_processing_classes)
+        kind, reference, separate = self._value_kind(), self.reference(ref_model), None
+        if kind == "model":
+            separate = self._value_model(value_model)
+        elif kind == "adapter":
+            self._add_value_role()
+        actor_critic = ActorCritic(
+            self.policy,
+            value=kind,
+            value_model=separate,
+            rewards=self.reward_models,
+            shared=self.shared,
+            **reference,
+        )
+        if actor_critic.value_head is not None:
+            self._start_value_head(actor_critic, value_model)
+        if self.args.disable_dropout:
+            disable_dropout(actor_critic)
+        return actor_critic
+
+    def _value_kind(self) -> str | None:
+        """Which value function there is: what the options say, else an adapter where there is a base to share."""
+        if self.args.advantage_estimator != "gae":
+            return None
+        if self.args.value == "adapter" and self.shared is None:
+            raise ValueError(
+                "value='adapter' needs a base that policy and value share: pass a peft_config (--use_peft), or choose "
+                "value='head' or value='model'."
+            )
+        return self.args.value or ("model" if self.shared is None else "adapter")
+
+    def _add_rewards(self, reward_funcs, processing_classes) -> None:
+        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not funcs or funcs == [None]:
+            raise ValueError("reward_funcs is missing: give a reward model, its name, a callable, or a list of them.")
+        classes = processing_classes if isinstance(processing_classes, list | tuple) else [processing_classes]
+        classes = [None] * len(funcs) if list(classes) == [None] else list(classes)
+        for option, values in (("reward_processing_classes", classes), ("reward_weights", self.args.reward_weights)):
+            if values is not None and len(values) != len(funcs):
+                raise ValueError(f"{option} has {len(values)} entries for {len(funcs)} reward_funcs: give one each.")
+        for func, tokenizer in zip(funcs, classes, strict=True):
+            if callable(func) and not isinstance(func, nn.Module):
+                function = CallableReward(func, self.args.reward_timeout, self.args.reward_retries)
+                self.rewards.append(RewardSource(self._unique(function.name), function=function))
+            else:
+                base = "reward" if not isinstance(func, str) else Path(func).name
+                name = self._unique(re.sub(r"\W", "_", f"reward_{base}" if base in ROLES else base))
+                self.reward_models[name], tokenizer = self._reward_model(func, tokenizer, name)
+                self.rewards.append(RewardSource(name, tokenizer=tokenizer))
+
+    def _unique(self, name: str) -> str:
+        taken = {source.name for source in self.rewards}
+        return name if name not in taken else next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
+
+    def _reward_model(self, func, tokenizer, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        if isinstance(func, str) and self.shared is not None and _same_base(func, self.shared):
+            tokenizer = tokenizer or load_tokenizer(func, trust_remote_code=self.args.trust_remote_code)
+            return _shared_reward(func, self.shared, name), tokenizer
+        if not isinstance(func, str) and tokenizer is None and not isinstance(func, RewardModel):
+            rows, ours = func.config.get_text_config().vocab_size, len(self.tokenizer)
+            if rows < ours or func.config._name_or_path not in ("", self.name):
+                raise ValueError(
+                    f"The reward model {func.config._name_or_path!r} (vocabulary of {rows}) was made for another "
+                    f"tokenizer than the policy's ({ours} tokens): pass its own in reward_processing_classes."
+                )
+            tokenizer = self.tokenizer
+        model = load_reward_model(func, tokenizer, init_kwargs=self.init_kwargs)
+        return model, model.tokenizer
+
+    def _value_model(self, value_model) -> PreTrainedModel:
+        """The user's choice, else a copy of a reward model that shares the vocabulary, else one with a zero head."""
+        if isinstance(value_model, str):
+            return load_classifier(value_model, init_kwargs=self.init_kwargs)
+        if value_model is not None:
+            if getattr(value_model.config, "num_labels", None) != 1 or not hasattr(value_model, "score"):
+                raise ValueError("value_model must be an AutoModelForSequenceClassification with num_labels=1.")
+            return value_model
+        for reward in self.reward_models.values():
+            alike = isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+            if alike and not isinstance(reward.model, PeftModel):
+                if is_sharded(reward.model):
+                    value = load_classifier(reward.config._name_or_path, init_kwargs=self.init_kwargs)
+                else:
+                    value = copy.deepcopy(reward.model)
+                return value.requires_grad_(True)
+        value = self._classifier_from_policy()
+        with whole(value.score.weight, writing=True):
+            value.score.weight.data.zero_()
+        return value
+
+    def _classifier_from_policy(self) -> PreTrainedModel:
+        """A sequence classifier of one label with the weights that the policy starts from."""
+        if isinstance(self.model, str):
+            if is_adapter(self.model):
+                base = PeftConfig.from_pretrained(self.model).base_model_name_or_path
+                return load_classifier(base, init_kwargs=self.init_kwargs)
+            return load_classifier(self.model, init_kwargs=self.policy_kwargs)
+        config = copy.deepcopy(self.policy.config)
+        config.num_labels = 1
+        value = AutoModelForSequenceClassification.from_config(config, dtype=unwrapped(self.policy).dtype)
+        prefix = f"{unwrapped(self.policy).base_model_prefix}."
+        weights = {name.removeprefix(prefix): w for name, w in role_weights(self.policy).items()}
+        value.base_model.load_state_dict({name: weights[name] for name in value.base_model.state_dict()})
+        return value
+
+    def _add_value_role(self) -> None:
+        """A fresh value adapter, or one that starts as a copy of the reward adapter on the same base."""
+        shared = self.shared
+        config = self.peft_config or shared.model.peft_config[shared.policy]
+        role = next((name for name, reward in self.reward_models.items() if isinstance(reward, SharedReward)), None)
+        shared.add_role("value", shared.model.peft_config[role] if role else config, trainable=True)
+        if role is not None:
+            state = get_peft_model_state_dict(shared.model, adapter_name=role, save_embedding_layers=False)
+            load_adapter_weights(shared.model, "value", {k: v.clone() for k, v in state.items()}, role)
+
+    def _start_value_head(self, actor_critic: ActorCritic, value_model) -> None:
+        if value_model is not None:
+            if not isinstance(value_model, str) or not (Path(value_model) / VALUE_HEAD).exists():
+                raise ValueError(
+                    f"value_model={value_model!r}: the value function is {VALUE_IS[actor_critic.value]}; give the "
+                    "`value` folder of a PPO checkpoint, leave value_model out, or choose value='model'."
+                )
+            actor_critic.load_value(value_model)
+            return
+        if actor_critic.value == "head":
+            return
+        reward = next((r for r in actor_critic.rewards.values() if isinstance(r, SharedReward)), None)
+        if reward is not None:
+            actor_critic.value_head.linear.weight.data.copy_(reward.weight.data)
+            actor_critic.value_head.linear.bias.data.fill_(-reward.center)
+
+
+def _same_base(adapter: str, shared: SharedBase) -> bool:
+    """Whether a reward adapter was trained over the base that the policy runs on, quantised alike."""
+    if not is_adapter(adapter):
+        return False
+    theirs = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    ours = shared.model.peft_config[shared.policy].base_model_name_or_path
+    if not theirs or not ours or (theirs != ours and Path(theirs).resolve() != Path(ours).resolve()):
+        return False
+    quantised = getattr(shared.model.get_base_model(), "is_quantized", False)
+    return quantised == ("quantization_config" in read_adapter_notes(adapter))
+
+
+def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
+    """Reads a reward model's adapter as a frozen role of the shared base, and its score head."""
+    weights = load_peft_weights(path, device="cpu")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    if len(heads) != 1:
+        raise ValueError(f"The reward adapter {path} has {len(heads)} score heads: RewardTrainer's have one.")
+    head = weights.pop(heads[0])
+    shared.add_role(role, PeftConfig.from_pretrained(path), trainable=False)
+    load_adapter_weights(shared.model, role, weights, path)
+    return SharedReward(head, read_adapter_notes(path).get("reward_center", 0.0))
+
+
+def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) -> Dataset:
+    """Rows with "prompt" and "prompt_ids" that leave room for a completion, other columns kept."""
+    return tokenize_prompts(
+        to_prompts(dataset, where), tokenizer, max_length=args.max_prompt_length, where=where, strict=args.strict_data
+    )
+
+
+def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> None:
+    """Raises a ValueError where a reward callable needs a column that the dataset does not have."""
+    for source in sources:
+        missing = source.function.required.difference(columns) if source.function else set()
+        if missing:
+            raise ValueError(
+                f"The reward function {source.name!r} needs {sorted(missing)}, and train_dataset has the columns "
+                f"{columns}: add them, or give the parameters defaults."
+            )
+
+
+def check_room(model: nn.Module, args: PPOConfig) -> None:
+    """Raises a ValueError where the longest prompt and completion would not fit the model's positions."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and room <= args.max_completion_length:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {room} "
+            "positions. Lower it."
+        )
+    if room is not None and (args.max_prompt_length or room) + args.max_completion_length > room:
+        args.max_prompt_length = room - args.max_completion_length
+    args.ptx_max_length = min(args.ptx_max_length, room or args.ptx_max_length)

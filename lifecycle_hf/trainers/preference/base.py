@@ -1,0 +1,318 @@
+"""What the trainers that learn from given completions share: data, reference, exact normalisation and metrics."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import Trainer, set_seed
+
+from lifecycle_hf.completions.scoring import Completions, packs
+from lifecycle_hf.data.schemas import check_train_dataset
+from lifecycle_hf.models.loading import disable_dropout, is_sharded
+from lifecycle_hf.models.reference import (
+    load_logprobs,
+    model_fingerprint,
+    rows_fingerprint,
+    save_logprobs,
+)
+from lifecycle_hf.trainers.base.mitigations import protect
+from lifecycle_hf.trainers.base.policy import PolicyAndReference, PolicyBuilder, PolicyTrainerMixin
+
+RowMetrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name -> (total, count) of every example, [B] each."""
+
+
+class CompletionTrainer(PolicyTrainerMixin, Trainer):
+    """Base of the trainers whose examples are a prompt with given completions.
+
+    The loss is the mean over the examples of an optimizer step, all micro-batches and ranks together. A subclass names
+    the columns of its completions and of their reference log-probs, in one order, and computes `losses`.
+
+    Args:
+        model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
+        ref_model: reference; by default a frozen copy of the policy as it starts, with PEFT the base with adapters
+            off, or a frozen copy of the adapter that the policy starts from.
+        args: options of the subclass.
+        train_dataset, eval_dataset: in TRL's formats, chat or plain; `eval_dataset` may be a dict of several.
+        processing_class: tokenizer; the model's by default.
+        ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
+        peft_config, quantization_config: as in TRL.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: for whatever would make the run wrong, before it starts, naming the place and the mend.
+    """
+
+    loss_is_scaled_for_ga = True
+    config_class: type
+    columns: tuple[str, ...]
+    ref_columns: tuple[str, ...]
+    extra_columns: tuple[str, ...] = ()
+    needs_reference = True
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        *,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class=None,
+        ptx_dataset: Dataset | None = None,
+        peft_config=None,
+        quantization_config=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        name = type(self).__name__
+        args = args if args is not None else self.config_class(f"output/{name.removesuffix('Trainer').lower()}")
+        self.args = args
+        check_train_dataset(train_dataset, name)
+        set_seed(args.seed)  # fresh adapters are random
+        builder = PolicyBuilder(
+            args,
+            model,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            init_kwargs=args.model_init_kwargs,
+        )
+        tokenizer = builder.tokenizer
+        self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
+        train_dataset = self.prepare_train(self._tokenized(train_dataset, "train_dataset"))
+        eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
+        needed = self.needs_reference and not self._all_have_reference(train_dataset, eval_dataset)
+        reference = builder.reference(ref_model) if needed else {}
+        whole = PolicyAndReference(builder.policy, shared=builder.shared, **reference)
+        if args.disable_dropout:
+            disable_dropout(whole)
+        super().__init__(
+            model=whole,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.check_engine()
+        self._step_examples, self.displacement = 0.0, Displacement()
+        self.stateful["displacement"] = self.displacement
+        self.can_return_loss, self.label_names = True, []
+        if self.needs_reference and args.precompute_ref_log_probs:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+            self.eval_dataset = self._each(self.eval_dataset, self._with_reference, "eval")
+            self.model.reference, self.model.reference_role = None, None
+        protect(self, ptx_dataset)
+
+    # Data
+
+    def tokenize(self, dataset: Dataset, where: str) -> Dataset:
+        """Rows of "prompt_ids" and of the ids in `columns`."""
+        raise NotImplementedError
+
+    def prepare_train(self, dataset: Dataset) -> Dataset:
+        """Checks the tokenised training data as a whole."""
+        return dataset
+
+    @staticmethod
+    def _each(dataset, function: Callable, where: str):
+        if isinstance(dataset, dict):
+            return {name: function(part, f"{where}_{name}") for name, part in dataset.items()}
+        return dataset if dataset is None else function(dataset, where)
+
+    def _tokenized(self, dataset, where: str):
+        def tokenize(part, place):
+            done = {"prompt_ids", *self.columns, *self.extra_columns} <= set(part.column_names)
+            return part if done else self.tokenize(part, place)
+
+        return self._each(dataset, tokenize, where)
+
+    def _all_have_reference(self, *datasets) -> bool:
+        parts = [p for d in datasets if d is not None for p in (d.values() if isinstance(d, dict) else [d])]
+        return all(set(self.ref_columns) <= set(part.column_names) for part in parts)
+
+    def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        out = self._pack(rows, self.columns)
+        if set(self.ref_columns) <= rows[0].keys():
+            out["ref_logps"] = torch.tensor([row[name] for name in self.ref_columns for row in rows])
+        return out
+
+    def _pack(self, rows: list[dict], columns: tuple[str, ...], prefix: str = "") -> dict[str, torch.Tensor]:
+        """The completions of the first column for every row, then those of the next; rows share their prompt."""
+        batch = Completions.from_lists(
+            [row["prompt_ids"] for _ in columns for row in rows],
+            [row[name] for name in columns for row in rows],
+            self.processing_class.pad_token_id,
+            groups=list(range(len(rows))) * len(columns),
+        )
+        return {prefix + name: value for name, value in batch.tensors().items()}
+
+    @staticmethod
+    def completions(inputs: dict[str, torch.Tensor], prefix: str = "") -> Completions:
+        names = ("input_ids", "prompt_lengths", "completion_lengths", "groups")
+        return Completions(*(inputs[prefix + name] for name in names))
+
+    # The reference's log-probs, once
+
+    def _with_reference(self, dataset: Dataset, where: str, keep: bool = True) -> Dataset:
+        """`dataset` with the columns of the reference's log-probs, read where they are kept already."""
+        if set(self.ref_columns) <= set(dataset.column_names):
+            return dataset
+        path = (
+            Path(self.args.ref_log_probs_path) / f"{where}.safetensors"
+            if keep and self.args.ref_log_probs_path
+            else None
+        )
+        fingerprint = {} if path is None else self._reference_fingerprint() | {"data": rows_fingerprint(dataset)}
+        # The main process decides: other machines may not see its folder.
+        read = self.is_world_process_zero() and path is not None and path.exists()
+        (columns,) = broadcast_object_list([load_logprobs(path, fingerprint) if read else None])
+        if columns is None:
+            columns = self._reference_columns(dataset, where)
+            if path is not None and self.is_world_process_zero():
+                save_logprobs({k: torch.tensor(v, dtype=torch.float64) for k, v in columns.items()}, path, fingerprint)
+        for name, values in columns.items():
+            if name in dataset.column_names:
+                dataset = dataset.remove_columns(name)
+            dataset = dataset.add_column(name, values)
+        return dataset
+
+    def _reference_fingerprint(self) -> dict[str, str]:
+        whole, args = self.model, self.args
+        role = whole.reference_role if whole.reference is None else None
+        model = whole.reference if whole.reference is not None else whole.policy
+        autocast = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        return {"model": model_fingerprint(model, role), "precision": f"{model.dtype}, {autocast} autocast"}
+
+    def _reference_columns(self, dataset: Dataset, where: str) -> dict[str, list[float]]:
+        if self.model.reference is None and self.model.reference_role is None:
+            raise ValueError(
+                "The reference's log-probs were computed before training, and its model was let go of: give this "
+                "dataset as eval_dataset from the start, or turn precompute_ref_log_probs off."
+            )
+        if is_sharded(self.model):
+            raise ValueError(
+                "precompute_ref_log_probs does not run under ZeRO-3: make them in one process with the same "
+                "ref_log_probs_path, which the run under ZeRO-3 then reads, or turn it off."
+            )
+        args, world = self.args, self.accelerator.num_processes
+        if self.is_deepspeed_enabled and not getattr(self.model.policy, "is_quantized", False):
+            self.model.to(args.device)  # DeepSpeed does so itself, but not before training
+        size = args.per_device_train_batch_size if where == "train" else args.per_device_eval_batch_size
+        own = range(self.accelerator.process_index, len(dataset), world)
+        loader = DataLoader(dataset.select(own), args.precompute_ref_batch_size or size, collate_fn=self._collate)
+        found = []
+        for inputs in tqdm(loader, f"Reference log-probs ({where})", disable=not self.is_local_process_zero()):
+            inputs = {name: value.to(args.device) for name, value in inputs.items()}
+            with torch.no_grad(), self.accelerator.autocast():
+                found += self.reference_logps(self.model.eval(), inputs).T.tolist()
+        rows = {i: row for part in gather_object([dict(zip(own, found, strict=True))]) for i, row in part.items()}
+        return {name: [rows[i][k] for i in range(len(rows))] for k, name in enumerate(self.ref_columns)}
+
+    def reference_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Σ log π_ref of the completions of each column, [columns, B]."""
+        out = model(self.completions(inputs), want=("ref_logprobs",))
+        return out["ref_logprobs"].sum(1).view(len(self.ref_columns), -1)
+
+    # The loop
+
+    def losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, RowMetrics]:
+        """Loss of every example, [B], and its metrics."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers; counts the examples of the optimizer step over all micro-batches and ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(len(batch["input_ids"]) for batch in batches) / len(self.columns)
+        self._step_examples = self.accelerator.reduce(torch.tensor(count, device=device), "sum").item()
+        return batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses, rows = self.losses(model, inputs)
+        training = self.model.training
+        if training:
+            # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
+            loss = losses.sum() / self._step_examples * self.accelerator.num_processes
+            loss = self.with_auxiliary(loss)
+            self._count_tokens(model, inputs)
+        else:
+            loss = losses.mean()
+            rows = rows | {"loss": (losses, torch.ones_like(losses))}
+        table = torch.stack([column.detach().double() for pair in rows.values() for column in pair], dim=1)
+        if not training:  # without the rows that only fill up the last batch
+            table = self.accelerator.gather_for_metrics(table)
+        sums = table.sum(0).tolist()
+        for i, name in enumerate(rows):
+            self.metrics["train" if training else "eval"].add(name, sums[2 * i], sums[2 * i + 1])
+        return (loss, {}) if return_outputs else loss
+
+    def _count_tokens(self, model, inputs: dict[str, torch.Tensor]) -> None:
+        padded, examples = inputs["input_ids"].numel(), len(inputs["input_ids"]) // len(self.columns)
+        packed = inputs["prompt_lengths"][:examples].sum() + inputs["completion_lengths"].sum()
+        saved = padded - packed if packs(self.accelerator.unwrap_model(model).policy) else 0
+        self.metrics["train"].add("tokens_saved", saved, padded)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """The metrics of training on held-out data, exact over all of it."""
+        eval_dataset = eval_dataset if isinstance(eval_dataset, str) else self._tokenized(eval_dataset, "eval_dataset")
+        if self.needs_reference and self.args.precompute_ref_log_probs and isinstance(eval_dataset, Dataset | dict):
+            eval_dataset = self._each(eval_dataset, partial(self._with_reference, keep=False), metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        displacement, patience = logs.get("logps/chosen_displacement"), self.args.displacement_patience
+        if displacement is None:
+            return
+        fallen = self.displacement.update(displacement, self.state.global_step)
+        if patience and fallen >= patience and not self.displacement.told:
+            self.displacement.told = True
+            warnings.warn(
+                f"For {fallen} steps the chosen answers have been less likely than at the start (by "
+                f"{-displacement:.3g} nats at step {self.state.global_step}): likelihood moves to answers that are "
+                "neither. Raise beta, lower the learning rate, or add a language-modelling loss on the chosen answers "
+                "(docs/preference.md).",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class Displacement:
+    """For how many steps the chosen answers have been less likely than at the start.
+
+    Attributes:
+        baseline: mean log-prob per token of the first logged steps, for objectives without a reference.
+    """
+
+    def __init__(self):
+        self.baseline: float | None = None
+        self.fallen_from: int | None = None
+        self.told = False
+
+    def update(self, displacement: float, step: int) -> int:
+        if displacement >= 0:
+            self.fallen_from = None
+        elif self.fallen_from is None:
+            self.fallen_from = step
+        return 0 if self.fallen_from is None else step - self.fallen_from
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -1,0 +1,33 @@
+"""Two processes with half a capability batch each project as one with the whole, under DDP and FSDP2."""
+
+from pathlib import Path
+
+import pytest
+from launching import launch, needs_deepspeed, results
+
+SCRIPT = Path(__file__).parents[2] / "launched" / "projection_invariance.py"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return results(launch("cpu", SCRIPT, tmp_path_factory.mktemp("one"), 8, "gradient,update"))
+
+
+@pytest.mark.parametrize("engine", ["MULTI_CPU", "FSDP"])
+def test_two_processes_of_four_equal_one_of_eight(one, tmp_path, engine):
+    env = {"FSDP_ON_CPU": "1"} if engine == "FSDP" else {}
+    two = results(launch("cpu_ddp", SCRIPT, tmp_path, 4, "gradient,update", env=env))
+    for level in ("gradient", "update"):
+        a, b = one[level], two[level]
+        assert (a["world_size"], a["engine"], b["world_size"], b["engine"]) == (1, "NO", 2, engine)
+        assert len(a["lines"]) == 3 and any(line["projection/removed"] > 0.01 for line in a["lines"])
+        assert b["sums"] == pytest.approx(a["sums"], rel=1e-4)
+        for line, other in zip(a["lines"], b["lines"], strict=True):
+            assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="ProjectionCallback does not run on DeepSpeed: use DDP or FSDP2"):
+        launch("cpu_zero2", SCRIPT, tmp_path, 4, "update")

@@ -1,0 +1,66 @@
+"""SFT and reward training in two processes on CPU give what one gives, held-out metrics included."""
+
+from pathlib import Path
+
+import pytest
+from launching import launch, needs_deepspeed, results
+from transformers import AutoModelForCausalLM
+
+from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
+
+SCRIPT = Path(__file__).parents[2] / "launched" / "stage_invariance.py"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tmp_path_factory):
+    make_model, tokenizer = tiny_llama
+    path = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(path), tokenizer.save_pretrained(path)
+    return path
+
+
+def run(config, output, batch, *arguments, env=None):
+    return results(launch(config, SCRIPT, output, batch, *arguments, env=env or {}))["run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ("cpu_ddp", "full"),
+        pytest.param("cpu_zero2", "full", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", "full", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", "lora", marks=needs_deepspeed),
+    ],
+)
+def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config, mode):
+    """7 held-out rows in batches of 2 × 2: the row that fills up the last batch must not count."""
+    one = run("cpu", tmp_path / "one", 8, stage, mode, base)
+    two = run(config, tmp_path / "two", 4, stage, mode, base)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
+    for first, second in zip(one["steps"], two["steps"], strict=True):
+        assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+    if stage == "reward":
+        assert load_reward_model(str(tmp_path / "two")).config.reward_center == two["held_out"]["eval_reward_center"]
+    elif mode == "full":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    else:
+        load_causal_lm(str(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "env"),
+    [("cpu_ddp", {}), ("cpu_ddp", {"FSDP_ON_CPU": "1"}), pytest.param("cpu_zero2", {}, marks=needs_deepspeed)],
+)
+def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config, env):
+    one = run("cpu", tmp_path / "one", 8, "sft", "constrained", base)
+    two = run(config, tmp_path / "two", 4, "sft", "constrained", base, env=env)
+    assert (one["world_size"], two["world_size"]) == (1, 2) and (two["engine"] == "FSDP") == bool(env)
+    for first, second in zip(one["steps"], two["steps"], strict=True):
+        assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+    losses = [step["loss/capability"] for step in one["steps"]]
+    by_hand = [0.1 * (losses[0] - 1), 0.1 * (sum(losses) - 2)]
+    assert [step["lambda/capability"] for step in one["steps"]] == pytest.approx(by_hand) and by_hand[0] > 0
