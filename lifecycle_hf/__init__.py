@@ -15,38 +15,25 @@ except PackageNotFoundError:  # a clone on the path that was never installed
     __version__ = "0.0.0"
 
 _HOMES = {
-    "mitigation.projection": ("OrthogonalProjection",),
-    "evaluation.report": ("TaxReport",),
-    "models.lifecycle": (
-        "LifecycleConfig",
-        "LifecycleForCausalLM",
-        "LifecycleForMaskedLM",
-        "LifecycleForQuestionAnswering",
-        "LifecycleForSequenceClassification",
-        "LifecycleModel",
-    ),
-    "models.loading": ("load_reward_model", "merge_adapter"),
-    "scaling": ("ScalingLaw", "fit_scaling_law"),
-    "trainers.base.callbacks": ("TaxMonitor",),
-    "trainers.preference.kto": ("KTOTrainer",),
-    "trainers.preference.paired": (
-        "DPOConfig",
-        "DPOTrainer",
-        "IPOConfig",
-        "IPOTrainer",
-        "ORPOConfig",
-        "ORPOTrainer",
-        "PreferenceTrainer",
-    ),
-    "trainers.preference.config": ("KTOConfig", "PreferenceConfig"),
-    "trainers.base.mitigations": ("ProjectionCallback",),
-    "trainers.policy.ppo": ("PPOTrainer",),
-    "trainers.policy.config": ("PPOConfig",),
-    "trainers.supervised.pretraining": ("PretrainingConfig", "PretrainingTrainer"),
-    "trainers.supervised.reward": ("RewardConfig", "RewardTrainer"),
-    "trainers.supervised.sft": ("SFTConfig", "SFTTrainer"),
+    "evaluation.report": "TaxReport",
+    "mitigation.projection": "OrthogonalProjection",
+    "models.lifecycle": "LifecycleConfig LifecycleForCausalLM LifecycleForMaskedLM LifecycleForQuestionAnswering "
+    "LifecycleForSequenceClassification LifecycleModel",
+    "models.loading": "load_reward_model merge_adapter",
+    "scaling": "ScalingLaw fit_scaling_law",
+    "trainers.base.callbacks": "TaxMonitor",
+    "trainers.base.mitigations": "ProjectionCallback",
+    "trainers.policy.config": "PPOConfig",
+    "trainers.policy.ppo": "PPOTrainer",
+    "trainers.preference.config": "KTOConfig PreferenceConfig",
+    "trainers.preference.kto": "KTOTrainer",
+    "trainers.preference.paired": "DPOConfig DPOTrainer IPOConfig IPOTrainer ORPOConfig ORPOTrainer PreferenceTrainer",
+    "trainers.supervised.pretraining": "PretrainingConfig PretrainingTrainer",
+    "trainers.supervised.reward": "RewardConfig RewardTrainer",
+    "trainers.supervised.sft": "SFTConfig SFTTrainer",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+"""Public names by the module that has them."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 

@@ -1,13 +1,13 @@
-"""What alignment cost: any checkpoints against the one that they came from.
+"""Measure what alignment cost: compare checkpoints with the one that they came from.
 
-The embedded default, the toy world's SFT model against what `python recipes/ppo.py` made of it:
+The embedded default compares the toy world's SFT model with the one that `python recipes/ppo.py` trained from it:
     python recipes/alignment_tax.py
     python recipes/alignment_tax.py toyworld output/ppo output/dpo
-Your own, local or Hub names, full checkpoints or PEFT adapters:
+Your own models, by local or Hub names, full checkpoints or PEFT adapters:
     python recipes/alignment_tax.py BASE ALIGNED ALIGNED2 --output_dir output/tax
         --capability perplexity:TEXTS.jsonl:text multiple_choice:QUESTIONS.jsonl lm_eval:arc_easy
         --alignment REWARD_MODEL MODULE:FUNCTION diversity drift --prompts PROMPTS
-And how far to walk back from ALIGNED to BASE:
+Measure models between BASE and ALIGNED as well:
     python recipes/alignment_tax.py BASE ALIGNED --interpolate 0.2 0.4 0.6 0.8 ...
 """
 
@@ -21,31 +21,31 @@ from lifecycle_hf.mitigation.interpolation import interpolate
 
 DEFAULT_ALIGNED = "output/ppo"
 CAPABILITY = (
-    "perplexity:DATA[:COLUMN], multiple_choice:DATA, exact_match:DATA[:COLUMN], DATA a local file or folder or a data "
-    "set of the Hub; lm_eval:TASK or FILE.yaml; `toyworld`"
+    "perplexity:DATA[:COLUMN], multiple_choice:DATA, exact_match:DATA[:COLUMN], with DATA a local file, folder or "
+    "dataset of the Hub; lm_eval:TASK or lm_eval:FILE.yaml; `toyworld`"
 )
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", nargs="?", default="toyworld", help="`toyworld`: its SFT model, built when absent")
-    parser.add_argument("aligned", nargs="*", help=f"of the toy world {DEFAULT_ALIGNED} by default")
+    parser.add_argument("base", nargs="?", default="toyworld", help="model before; `toyworld`: its SFT model")
+    parser.add_argument("aligned", nargs="*", help=f"models after; for the toy world {DEFAULT_ALIGNED} by default")
     parser.add_argument(
         "--interpolate", nargs="+", type=float, default=[], metavar="ALPHA",
-        help="measure BASE + ALPHA·(ALIGNED − BASE), too, which is written to --output_dir"
+        help="also write BASE + ALPHA·(ALIGNED − BASE) to --output_dir, and measure it"
     )  # fmt: skip
     parser.add_argument("--capability", nargs="+", metavar="KIND:DATA", help=CAPABILITY)
     parser.add_argument(
         "--alignment", nargs="+", metavar="REWARD", help="reward models, MODULE:FUNCTION, `diversity`, `drift`"
     )
-    parser.add_argument("--prompts", help="data whose prompts are answered for --alignment")
+    parser.add_argument("--prompts", help="data whose prompts the models answer for --alignment")
     parser.add_argument("--rows", type=int, default=128, help="first rows of the data of each metric (128)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="of an answer (64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers for --alignment (1)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of an answer (64)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, for --alignment (1)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per forward pass (8)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="float32 by default")
-    parser.add_argument("--output_dir", default="output/alignment_tax")
+    parser.add_argument("--output_dir", default="output/alignment_tax", help="folder of reports and pictures")
     args = parser.parse_args(argv)
     if args.base == "toyworld":
         args.capability = args.capability or ["toyworld"]
@@ -54,8 +54,8 @@ def parse(argv=None):
         if not args.aligned and Path(DEFAULT_ALIGNED, "config.json").exists():
             args.aligned = [DEFAULT_ALIGNED]
     if not args.aligned:
-        first = f"run `python recipes/ppo.py`, whose model in {DEFAULT_ALIGNED} is the default, or name some."
-        parser.error(f"no ALIGNED model given: {first if args.base == 'toyworld' else 'name what became of BASE.'}")
+        first = f"run `python recipes/ppo.py`, which writes the default {DEFAULT_ALIGNED}, or name a model."
+        parser.error(f"no ALIGNED model given: {first if args.base == 'toyworld' else 'name one made from BASE.'}")
     if not (args.capability or args.alignment):
         parser.error("nothing to measure: give --capability or --alignment.")
     return args

@@ -1,8 +1,8 @@
-"""Preference optimisation on pairs: DPO, IPO or ORPO.
+"""Train on preference pairs by DPO, IPO or ORPO.
 
-The embedded default, about a minute on a CPU:
+The embedded default takes about a minute on a CPU:
     python recipes/dpo.py
-Your own, in a YAML file or as options:
+Your own model and data, in a YAML file or as options:
     accelerate launch recipes/dpo.py --config recipes/configs/dpo_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/dpo.py --model_name_or_path MODEL \
         --dataset_name PAIRS --objective ipo --use_peft --output_dir output/mine
@@ -19,10 +19,10 @@ from lifecycle_hf.trainers.preference.paired import OBJECTIVES
 
 @dataclass
 class PreferenceArguments(cli.MeasuredArguments):
-    """Objective, data and measurements of the run."""
+    """Hold the objective, the data and the measurements of the run."""
 
     objective: str = field(
-        default="dpo", metadata={"help": "What is optimised on the pairs.", "choices": tuple(OBJECTIVES)}
+        default="dpo", metadata={"help": "Objective that is optimised on the pairs.", "choices": tuple(OBJECTIVES)}
     )
 
 

@@ -1,8 +1,8 @@
-"""KTO: answers that are each desirable or not, or preference pairs.
+"""Train by KTO on single answers that are desirable or not, or on preference pairs.
 
-The embedded default, about a minute on a CPU:
+The embedded default takes about a minute on a CPU:
     python recipes/kto.py
-Your own, in a YAML file or as options:
+Your own model and data, in a YAML file or as options:
     accelerate launch recipes/kto.py --config recipes/configs/kto_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/kto.py --model_name_or_path MODEL \
         --dataset_name ANSWERS --use_peft --output_dir output/mine

@@ -1,9 +1,9 @@
-"""PPO with pretraining mix (InstructGPT Eq. 2).
+"""Train against rewards by PPO with a pretraining mix (InstructGPT, Eq. 2).
 
-The embedded default, some minutes on a CPU (`make ppo`):
+The embedded default takes some minutes on a CPU (`make ppo`):
     python recipes/ppo.py
     accelerate launch --config_file accelerate_configs/cpu_ddp.yaml recipes/ppo.py
-Your own, in a YAML file or as options:
+Your own model and data, in a YAML file or as options:
     accelerate launch recipes/ppo.py --config recipes/configs/ppo_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/ppo.py --model_name_or_path MODEL
         --dataset_name PROMPTS --reward_funcs MODEL_OR_MODULE:FUNCTION --ptx_dataset_name TEXTS --ptx_coef 0.5
@@ -20,15 +20,15 @@ from lifecycle_hf import PPOConfig, PPOTrainer, cli
 
 @dataclass
 class PPOArguments(cli.ProtectedArguments):
-    """Data, rewards and measurements of the run."""
+    """Hold the data, the rewards and the measurements of the run."""
 
     reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward models by name or path, and callables as MODULE:FUNCTION."}
+        default_factory=list, metadata={"help": "Reward models by name or path, and functions as MODULE:FUNCTION."}
     )
     measure_updates: int = field(
-        default=5, metadata={"help": "Measure capability, reward and KL at both ends and every X updates; 0: never."}
+        default=5, metadata={"help": "Measure capability, reward and KL before, after and every X updates; 0: never."}
     )
-    measure_rows: int = field(default=128, metadata={"help": "Held-out prompts and texts per measurement."})
+    measure_rows: int = field(default=128, metadata={"help": "Held-out prompts and texts of each measurement."})
 
 
 def main(script_args, args, model_args):

@@ -1,11 +1,11 @@
-r"""Pretraining from text by any objective: causal, masked, prefix, span_corruption, ul2.
+r"""Pretrain on text by one objective: causal, masked, prefix, span_corruption or ul2.
 
-The embedded default, UL2 on Python's own documentation, a few minutes on a CPU:
+The embedded default is UL2 on Python's own documentation and takes a few minutes on a CPU:
     python recipes/pretrain.py
-Your own text file, folder of .txt and .md files, or dataset; a tokenizer is trained where none is given:
+Your own text file, folder of .txt and .md files, or dataset; without a tokenizer a new one is trained:
     accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_python.yaml --dataset_name book.txt \
         --objective causal --output_dir output/mine
-A model that exists already:
+Train an existing model further:
     python recipes/pretrain.py --model_name_or_path T5_OR_LLAMA --dataset_name DATA --objective span_corruption
 """
 
@@ -24,16 +24,16 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_val
 
 @dataclass
 class PretrainingArguments(cli.RecipeArguments):
-    """The corpus, and the size of a model that is made anew."""
+    """Hold the corpus, and the size of a new model."""
 
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; the model's, or a new one."})
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens of a tokenizer that is trained on the corpus."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; else the model's, or a new one."})
+    vocab_size: int = field(default=4096, metadata={"help": "Size of a new tokenizer, trained on the corpus."})
     hidden_size: int = field(default=256, metadata={"help": "Width of a new model."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Layers of a new model."})
     num_attention_heads: int = field(default=4, metadata={"help": "Query heads of a new model."})
     num_key_value_heads: int = field(default=2, metadata={"help": "Key and value heads of a new model."})
     intermediate_size: int = field(default=688, metadata={"help": "Width of a new model's feed-forward layers."})
-    prompt: str = field(default="The ", metadata={"help": "What the trained model continues at the end."})
+    prompt: str = field(default="The ", metadata={"help": "Text that the trained model continues at the end."})
 
 
 def main(script_args, args, model_args):

@@ -1,8 +1,8 @@
-"""A reward model from preference pairs: Bradley–Terry, centred and calibrated on held-out pairs.
+"""Train a reward model on preference pairs (Bradley–Terry), centred and calibrated on held-out pairs.
 
-The embedded default, about a minute on a CPU:
+The embedded default takes about a minute on a CPU:
     python recipes/reward.py
-Your own, in a YAML file or as options:
+Your own model and data, in a YAML file or as options:
     accelerate launch recipes/reward.py --config recipes/configs/reward_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/reward.py --model_name_or_path MODEL \
         --dataset_name PAIRS --use_peft --output_dir output/mine

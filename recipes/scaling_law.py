@@ -1,8 +1,8 @@
-r"""Trains a ladder of sizes and token counts, fits Chinchilla's law to the losses, tells the best use of a budget.
+r"""Train models of several sizes and token counts, fit Chinchilla's law to the losses, print the best use of a budget.
 
-The embedded default, 10 to 250 thousand parameters on the bytes of Python's own documentation, minutes on a CPU:
+The embedded default, 10 to 250 thousand parameters on the bytes of Python's documentation, takes minutes on a CPU:
     python recipes/scaling_law.py
-Your own text and sizes; the same command again goes on after the last run that was finished:
+Your own text and sizes; the same command again continues after the last finished run:
     accelerate launch recipes/scaling_law.py --dataset_name corpus/ --vocab_size 8192 --output_dir output/mine \
         --hidden_sizes 256 384 512 768 --ladder_budgets 1e15 3e15 1e16 --budget 1e18
 """
@@ -30,15 +30,15 @@ OF_TRAINING = ("objective", "max_length", "learning_rate", "train_batch_size", "
 
 @dataclass
 class ScalingArguments(cli.RecipeArguments):
-    """The corpus, the ladder, and the budgets that are asked about."""
+    """Hold the corpus, the ladder, and the budgets to advise on."""
 
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; by default a new one."})
-    vocab_size: int = field(default=258, metadata={"help": "Tokens of a new tokenizer; 258 are the bytes alone."})
-    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths of the models, in heads of 16."})
+    vocab_size: int = field(default=258, metadata={"help": "Size of a new tokenizer; 258 are the bytes alone."})
+    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths, multiples of 16 (one head)."})
     ladder_budgets: list[float] = field(default_factory=list, metadata={"help": "FLOPs 6·N·D of the runs to train."})
     max_epochs: float = field(default=3, metadata={"help": "Leave out runs that read the corpus more often."})
-    budget: list[float] | None = field(default=None, metadata={"help": "FLOPs to spend best; else the ladder's."})
-    bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
+    budget: list[float] | None = field(default=None, metadata={"help": "Budgets in FLOPs; by default the ladder's."})
+    bootstrap: int = field(default=1000, metadata={"help": "Number of resamples that make the intervals."})
 
 
 def model_of(width, args, tokenizer):
@@ -47,7 +47,7 @@ def model_of(width, args, tokenizer):
 
 
 def plan(script_args, args, tokenizer, corpus_tokens):
-    """The runs of the ladder; their tokens fill whole optimizer steps."""
+    """Return the runs of the ladder; their tokens fill whole optimizer steps."""
     with torch.device("meta"):
         width_of = {model_of(width, args, tokenizer).num_parameters(): width for width in script_args.hidden_sizes}
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_length
@@ -59,7 +59,7 @@ def plan(script_args, args, tokenizer, corpus_tokens):
 
 
 def train(run, args, tokenizer, data):
-    """Held-out loss of a run, which goes on from its last checkpoint if it made any."""
+    """Return the held-out loss of a run; it continues from its last checkpoint if there is one."""
     folder = Path(args.output_dir) / f"width{run['hidden_size']}-steps{run['steps']}"
     args = own_copy(args, output_dir=str(folder), max_steps=run["steps"])
     trainer = PretrainingTrainer(model_of(run["hidden_size"], args, tokenizer), args, *data, tokenizer)

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on text, chat or prompt-completion data.
+"""Fine-tune a model on text, chat or prompt-completion data.
 
-The embedded default, about a minute on a CPU:
+The embedded default takes about a minute on a CPU:
     python recipes/sft.py
-Your own, in a YAML file or as options:
+Your own model and data, in a YAML file or as options:
     accelerate launch recipes/sft.py --config recipes/configs/sft_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py --model_name_or_path MODEL \
         --dataset_name DATA --use_peft --output_dir output/mine

@@ -16,24 +16,3 @@ from lifecycle_hf.cli.parsing import parse
 from lifecycle_hf.cli.running import finish, monitor_preferences, monitor_tax, resume_point, train_and_report
 from lifecycle_hf.data.loading import first_rows
 from lifecycle_hf.evaluation.report import write_report
-
-__all__ = [
-    "MeasuredArguments",
-    "ProtectedArguments",
-    "RecipeArguments",
-    "finish",
-    "first_rows",
-    "load_ptx",
-    "load_splits",
-    "load_texts",
-    "model_init_kwargs",
-    "monitor_preferences",
-    "monitor_tax",
-    "parse",
-    "resolve_model",
-    "resolve_reward",
-    "resume_point",
-    "train_and_report",
-    "trainer_inputs",
-    "write_report",
-]

@@ -1,4 +1,4 @@
-"""The arguments that recipes share, and what they come to: data, models and the inputs of a trainer."""
+"""The arguments that recipes share, and the data, models and trainer inputs that they name."""
 
 from dataclasses import dataclass, field
 
@@ -89,7 +89,7 @@ def resolve_reward(name: str):
 
 
 def model_init_kwargs(model_args) -> dict:
-    """Keyword arguments for `from_pretrained` that `trl.ModelConfig` names: revision, dtype and attention."""
+    """Return the keyword arguments of `from_pretrained` in a `trl.ModelConfig`: revision, dtype and attention."""
     dtype = model_args.dtype
     kwargs = {
         "revision": model_args.model_revision,
@@ -100,7 +100,7 @@ def model_init_kwargs(model_args) -> dict:
 
 
 def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
-    """What a recipe hands its trainer: the model (`toyworld` is that of the stage `start`), the options, the data of
+    """Return the arguments of a trainer: the model (`toyworld` is that of the stage `start`), the options, the data of
     `stage`, adapters and quantisation."""
     args.model_init_kwargs = model_init_kwargs(model_args) | (args.model_init_kwargs or {})
     train, test = load_splits(script_args, stage)

@@ -1,4 +1,4 @@
-"""How recipes read their options: a YAML file, overridden by the command line, unknown ones refused with a hint."""
+"""Read the options of recipes from a YAML file and the command line; refuse unknown ones with a hint."""
 
 import difflib
 import os
@@ -22,7 +22,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 class _RecipeParser(TrlParser):
-    """TrlParser whose help has one section per class of options, and whose errors are one line."""
+    """Parse as TrlParser does, with one section of help per class of options and errors of one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists every option)\n")

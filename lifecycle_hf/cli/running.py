@@ -18,7 +18,7 @@ from lifecycle_hf.trainers.base.callbacks import TaxMonitor
 
 
 def monitor_preferences(trainer, script_args, evaluated):
-    """`monitor_tax` with the options of [`MeasuredArguments`], where anything is held out."""
+    """Call `monitor_tax` with the options of [`MeasuredArguments`], where there is held-out data."""
     if trainer.eval_dataset is not None:
         monitor_tax(trainer, script_args, script_args.measure_steps, evaluated, load_texts(script_args))
 
@@ -49,7 +49,7 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
 
 
 def resume_point(args) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path as it is; without one, or with `true`, the last in
+    """Return the checkpoint that `resume_from_checkpoint` means: a path as it is; with `true` or no value, the last in
     `output_dir`, where there is one.
 
     Raises:
@@ -99,7 +99,7 @@ def train_and_report(trainer, script_args, evaluate=None, title="Alignment tax")
 
 
 def _plot_overoptimization(history, path):
-    """Where KL and rewards were measured together at three points or more."""
+    """Draw where KL and rewards were measured together at three points or more."""
     names = {"proxy reward": "tax/proxy_reward", "gold reward": "tax/gold_reward"}
     rows = [entry for entry in history if entry.keys() >= {"tax/kl", *names.values()}]
     if len(rows) > 2:
@@ -108,7 +108,7 @@ def _plot_overoptimization(history, path):
 
 
 def finish(trainer, script_args, report):
-    """Keep what a recipe made: report.json, the model and its card in `output_dir`, a push when `push_to_hub` is set,
+    """Save what a recipe made: report.json, the model and its card in `output_dir`, a push when `push_to_hub` is set,
     and with `--merge` a deployable copy under `output_dir/merged`. Every process calls it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Prompts to completions, completions to log-probs and to rewards."""
+"""Sampling of completions, and their log-probs and rewards."""
 
 from lifecycle_hf.completions.rewards import CallableReward, Samples, find_reward
 from lifecycle_hf.completions.sampling import generate, stop_token_ids

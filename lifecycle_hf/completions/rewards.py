@@ -1,4 +1,4 @@
-"""Reward functions: models and callables behind one interface, checked where they can go wrong."""
+"""Reward functions: calls of user functions with checks of what they return, and statistics of the scores."""
 
 import importlib
 import inspect
@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from lifecycle_hf.data.tokenize import encode_complete
 
 @dataclass
 class Samples:
-    """Prompts with their sampled completions, as reward functions get them.
+    """Hold prompts and their sampled completions for reward functions.
 
     Attributes:
         prompts: text or messages.
         texts: completions as text, without special tokens.
-        columns: the dataset's other columns, one list each.
+        columns: the other columns of the dataset, one list each.
     """
 
     prompts: list[str] | list[list[dict]]
@@ -36,14 +35,14 @@ class Samples:
 
     @property
     def completions(self) -> list:
-        """Completions in the prompts' format: text, or a list with one assistant message."""
+        """Completions in the format of their prompt: text, or a list with one assistant message."""
         return [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Finished conversations as a reward model reads them."""
+        """Return the token ids of each prompt with its completion, as a reward model reads them."""
         return [
             encode_complete(tokenizer, _continued(prompt, completion))
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
@@ -58,34 +57,31 @@ def _continued(prompt, completion):
 
 
 class CallableReward:
-    """A function `f(prompts, completions, **columns) -> list[float]`, as TRL's GRPOTrainer takes them.
+    """Call a function `f(prompts, completions, **columns) -> list[float]`, as TRL's GRPOTrainer takes them.
 
-    It gets the columns that its signature names, or all of them if it takes `**kwargs`.
+    The function gets the columns that its signature names, or all of them if it takes `**kwargs`.
 
     Args:
-        timeout: seconds that a call may take; None for any. A call that takes longer is left behind in its thread and
-            may still run when the function is called again: the function must bear calls that overlap.
-        retries: how often it is called again after it raised, timed out or returned what is no reward.
+        timeout: seconds that a call may take; None for no limit. A call that takes longer goes on in its thread and
+            may still run when the function is called again: the function must allow calls that overlap.
+        retries: number of further calls after a call that raised, timed out or returned an invalid reward.
     """
 
     def __init__(self, function: Callable[..., list[float]], timeout: float | None = None, retries: int = 0):
         self.function, self.timeout, self.retries = function, timeout, retries
         self.name = get_callable_name(function)
-        parameters = inspect.signature(function).parameters
-        named = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        self.required = {n for n in named if parameters[n].default is inspect.Parameter.empty} - {
-            "prompts",
-            "completions",
-        }
-        self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._names = set(parameters)
+        parameters = inspect.signature(function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._names = {p.name for p in parameters}
+        needed = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.default is p.empty}
+        self.required = needed - {"prompts", "completions"}
 
     def __call__(self, samples: Samples) -> list[float]:
-        """One float per completion.
+        """Return one float per completion.
 
         Raises:
-            ValueError: if the function raises, takes too long, or returns another count than it got, or None, NaN or
-                infinity, naming the row or the prompts.
+            ValueError: the function raises, takes too long, returns another number of values, or returns None, NaN or
+                infinity; names the row or the prompts.
         """
         for left in reversed(range(self.retries + 1)):
             try:
@@ -97,42 +93,42 @@ class CallableReward:
 
     def _call(self, samples: Samples):
         columns = {k: v for k, v in samples.columns.items() if self._takes_all or k in self._names}
-        ask = partial(self.function, prompts=samples.prompts, completions=samples.completions, **columns)
+        grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else -1
         outcome: dict[str, Any] = {}
 
-        def run(ask, caught):
+        def run(caught):
             try:
-                outcome["scores"] = ask()
+                # A new thread has a grad mode and a CUDA device of its own: it gets those of this thread.
+                with torch.set_grad_enabled(grad), torch.cuda.device(device):
+                    scores = self.function(prompts=samples.prompts, completions=samples.completions, **columns)
+                outcome["scores"] = scores
             except caught as error:
                 outcome["error"] = error
 
         if self.timeout is None:
-            run(ask, Exception)
-        else:  # what ends a thread ends nothing else: SystemExit is an error there as any other
-            arguments = (_as_in_this_thread(ask), BaseException)
-            # A daemon ends with the process, however long it hangs.
-            thread = threading.Thread(target=run, args=arguments, daemon=True)
+            run(Exception)
+        else:
+            # In a thread SystemExit would end only the thread, so it is caught as an error like any other. A daemon
+            # thread does not keep the process alive when the call hangs.
+            thread = threading.Thread(target=run, args=(BaseException,), daemon=True)
             thread.start()
             thread.join(self.timeout)
-        if "error" in outcome:
-            error = outcome["error"]
-            raise ValueError(
-                f"The reward function {self.name!r} raised {type(error).__name__}: {error}. {_named(samples)}"
-            ) from error
-        if "scores" not in outcome:
-            raise ValueError(
-                f"The reward function {self.name!r} took longer than {self.timeout} s (reward_timeout). "
-                f"{_named(samples)}"
-            )
-        return outcome["scores"]
+        if "scores" in outcome:
+            return outcome["scores"]
+        error, why = outcome.get("error"), f"took longer than {self.timeout} s (reward_timeout)"
+        if error is not None:
+            why = f"raised {type(error).__name__}: {error}"
+        shown = [str(prompt)[-60:] for prompt in samples.prompts[:8]]
+        batch = f"{len(samples.prompts)} prompts: {shown}{' ...' if len(samples.prompts) > 8 else ''}"
+        raise ValueError(f"The reward function {self.name!r} {why}. Its batch has {batch}.") from error
 
     def _checked(self, scores, samples: Samples) -> list[float]:
         scores = scores.tolist() if isinstance(scores, torch.Tensor) else scores
         if not hasattr(scores, "__len__") or len(scores) != len(samples.texts):
             got = f"{len(scores)} values" if hasattr(scores, "__len__") else repr(scores)
             raise ValueError(
-                f"The reward function {self.name!r} returned {got} for {len(samples.texts)} completions: it must "
-                "return a list with one float per completion."
+                f"The reward function {self.name!r} returned {got} for {len(samples.texts)} completions: return a "
+                "list with one float per completion."
             )
         for i, score in enumerate(scores):
             if not _is_finite(score):
@@ -144,19 +140,6 @@ class CallableReward:
         return [float(score) for score in scores]
 
 
-def _as_in_this_thread(call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` under the grad mode and on the CUDA device of the thread that asks for it, as each thread has its own."""
-    grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def carried():
-        if device is not None:
-            torch.cuda.set_device(device)
-        with torch.set_grad_enabled(grad):
-            return call()
-
-    return carried
-
-
 def _is_finite(score) -> bool:
     try:
         return math.isfinite(float(score))
@@ -164,14 +147,10 @@ def _is_finite(score) -> bool:
         return False
 
 
-def _named(samples: Samples) -> str:
-    """The prompts of a batch, cut to what a message holds."""
-    shown = [str(prompt)[-60:] for prompt in samples.prompts[:8]]
-    return f"Its batch has {len(samples.prompts)} prompts: {shown}{' ...' if len(samples.prompts) > 8 else ''}."
-
-
 def find_reward(name: str) -> Callable[..., list[float]] | str:
-    """Return the function of MODULE:FUNCTION, modules in the current folder included; any other name as it is.
+    """Return the function that MODULE:FUNCTION names, or any other name unchanged.
+
+    The module may be a file in the current folder.
 
     Raises:
         ValueError: there is no such module or function.
@@ -184,23 +163,28 @@ def find_reward(name: str) -> Callable[..., list[float]] | str:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: {name!r} can't be imported ({error}); looked in {Path.cwd()} too.") from error
+        where = f"looked in {Path.cwd()} too: give MODULE:FUNCTION"
+        raise ValueError(f"reward_funcs: {name!r} can't be imported ({error}); {where}.") from error
 
 
 class KeptScores:
-    """Scores of a rollout whose scoring failed, in a file, so that the resumed run need not ask for them again.
+    """Keep the scores of a rollout whose scoring failed in a file, so that a resumed run does not compute them again.
 
     Args:
-        path: JSON lines, one per completion: prompt, completion, and the scores that were known by then.
+        path: file of JSON lines, one per completion: prompt, completion, and the scores known at the failure.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def write(self, samples: Samples, scores: dict[str, torch.Tensor]) -> None:
-        columns = {name: values.tolist() for name, values in scores.items()}
+        """Write the file: the samples and {name of the reward: scores [N]}."""
         rows = [
-            {"prompt": prompt, "completion": text, "scores": {name: column[i] for name, column in columns.items()}}
+            {
+                "prompt": prompt,
+                "completion": text,
+                "scores": {name: values[i].item() for name, values in scores.items()},
+            }
             for i, (prompt, text) in enumerate(zip(samples.prompts, samples.texts, strict=True))
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,9 +193,9 @@ class KeptScores:
         part.replace(self.path)
 
     def read(self, samples: Samples) -> dict[str, torch.Tensor]:
-        """The scores of these very completions by the name of their reward; nothing of others, or of a broken file."""
+        """Return {name of the reward: scores}; {} if the file has other completions, is damaged or does not exist."""
         try:
-            # Not splitlines, which cuts at line breaks that JSON leaves as they are.
+            # Not splitlines, which also splits at Unicode line separators, and JSON strings may contain those.
             rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
             kept = [(row["prompt"], row["completion"]) for row in rows]
             scores = {name: torch.tensor([float(row["scores"][name]) for row in rows]) for name in rows[0]["scores"]}
@@ -220,17 +204,18 @@ class KeptScores:
         return scores if kept == list(zip(samples.prompts, samples.texts, strict=True)) else {}
 
     def clear(self) -> None:
+        """Delete the file if it exists."""
         self.path.unlink(missing_ok=True)
 
 
 class RunningMoments:
-    """Mean and variance of everything seen, by Chan's parallel update (Chan, Golub and LeVeque 1979)."""
+    """Mean and variance of all values so far, by Chan's parallel update (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self):
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     def update(self, values: torch.Tensor) -> None:
-        """Takes in `values` [N], the same on all ranks."""
+        """Include `values` [N], which must be the same on all ranks."""
         values = values.double()
         count, mean = values.numel(), values.mean().item()
         squares, delta, total = (values - mean).square().sum().item(), mean - self.mean, self.count + count
@@ -240,7 +225,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the population; 1 until two values differ."""
+        """Standard deviation of the population; 1 as long as all values are equal."""
         variance = self.squares / self.count if self.count else 0.0
         return variance**0.5 if variance > 1e-12 else 1.0
 

@@ -1,6 +1,4 @@
-"""Prompts in, completions out, by transformers' generation."""
-
-from contextlib import contextmanager
+"""Sampling of completions with transformers' generation or a vLLM server."""
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -10,54 +8,41 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from lifecycle_hf.data.collators import length_mask, pad_sequences
 
 COMPACT_FROM = 1 / 8
-"""Share of finished rows in a batch from which on they are dropped."""
-
-
-@contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig):
-    """Puts `config` in the place of the model's own: `generate` fills what a given config leaves unset from it."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
+"""Share of the rows of a batch that must have finished before those rows are dropped."""
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer, stop_tokens: list[str] | None = None) -> list[int]:
-    """The tokens that end a completion: `stop_tokens` where given, else the tokenizer's and the model's EOS tokens.
+    """Return the ids of the tokens that end a completion: `stop_tokens`, or the EOS tokens of tokenizer and model.
 
     Raises:
-        ValueError: if a stop token is not one token of the vocabulary, or there is none at all.
+        ValueError: a stop token is not one token of the vocabulary, or there is no EOS token.
     """
     if stop_tokens:
         ids = [tokenizer.convert_tokens_to_ids(token) for token in stop_tokens]
         for token, i in zip(stop_tokens, ids, strict=True):
             if i is None or (i == tokenizer.unk_token_id and token != tokenizer.unk_token):
-                raise ValueError(f"stop_tokens: {token!r} is not a token of the tokenizer's vocabulary.")
+                raise ValueError(f"stop_tokens: {token!r} is not a token of the vocabulary: give one that is.")
         return sorted(set(ids))
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ids:
         raise ValueError(
-            "The tokenizer has no EOS token and the model's generation config names none, so no completion could end: "
-            "set tokenizer.eos_token, or name `stop_tokens`."
+            "The tokenizer has no EOS token and the model's generation config has none, so no completion would end: "
+            "set tokenizer.eos_token, or give stop_tokens."
         )
     return sorted(ids)
 
 
 def _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs) -> torch.Tensor:
-    """The decoding loop that `generate` runs: as transformers' sampling, but finished rows leave the batch.
+    """Run the decoding loop of transformers' sampling, but drop finished rows from the batch.
 
-    Once an eighth of the rows in hand have ended, the cache is cut down to the others. Returns [B, L], padded.
+    When an eighth of the current rows have finished, they are removed from the cache. Returns [B, L], padded.
     """
     rows, finished = torch.arange(len(input_ids)), torch.zeros(len(input_ids), dtype=torch.bool)
     results, ids, first = [None] * len(rows), input_ids, True
     while len(rows):
-        new = 1 if inputs["use_cache"] and not first else None
-        prepared = model.prepare_inputs_for_generation(
-            ids, next_sequence_length=new, is_first_iteration=first, **inputs
-        )
+        step = {"next_sequence_length": 1 if inputs["use_cache"] and not first else None, "is_first_iteration": first}
+        prepared = model.prepare_inputs_for_generation(ids, **step, **inputs)
         outputs, first = model(**prepared, return_dict=True), False
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = logits_processor(ids, outputs.logits[:, -1].float())
@@ -77,7 +62,7 @@ def _decode(model, input_ids, logits_processor, stopping_criteria, generation_co
 
 
 def _can_drop_rows(inputs: dict) -> bool:
-    """Whether all that a model remembers can be cut down to some of its rows; recurrent states can't."""
+    """Return whether rows can be removed from the cache of a model; recurrent states don't allow it."""
     cache = inputs.get("past_key_values")
     if cache is None:
         return not any(isinstance(value, Cache) or name == "cache_params" for name, value in inputs.items())
@@ -88,7 +73,7 @@ def _can_drop_rows(inputs: dict) -> bool:
 
 
 def _select_rows(inputs: dict, kept: torch.Tensor, rows: int) -> dict:
-    """What the next step of decoding takes, for the rows that go on."""
+    """Return the inputs of the next decoding step for the rows `kept` out of `rows`."""
     if len(kept) and inputs.get("past_key_values") is not None:
         inputs["past_key_values"].batch_select_indices(kept)
     of_rows = {k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) == rows}
@@ -107,42 +92,40 @@ def generate(
     generator_seed: int | None = None,
     batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Samples one completion for each prompt from softmax(logits / temperature), untruncated (top_k=0, top_p=1).
+    """Sample one completion for each prompt from softmax(logits / temperature), untruncated (top_k=0, top_p=1).
 
-    The model's own generation config plays no part. A completion ends with its stop token where it produced one;
-    lengths are found by that token, never by padding.
+    The model's own generation config is not used. A completion ends with its stop token if it has one; its length is
+    determined by that token and not by padding.
 
     Args:
         model: causal LM or PEFT model over one.
         prompt_ids: token lists.
         temperature: above 0, or 0 for greedy decoding.
-        generator_seed: seeds a generator of this call's own and leaves torch's as it was.
-        batch_size: prompts decoded together; all by default.
+        generator_seed: seed of this call, which then leaves torch's random state unchanged.
+        batch_size: number of prompts decoded together; by default all.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-        eos_token_id=list(stop_token_ids),
-        pad_token_id=pad_token_id,
-    )
-    training = model.training
+    options = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    options |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": pad_token_id}
+    own, training, completions = model.generation_config, model.training, []
+    # `generate` fills the unset options of a given config from the model's own, so that one is replaced.
+    model.generation_config = GenerationConfig(**options, eos_token_id=list(stop_token_ids))
     model.eval()
-    completions = []
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with _only(model, config), torch.random.fork_rng(cuda, enabled=generator_seed is not None):
-        if generator_seed is not None:
-            torch.manual_seed(generator_seed)
-        size = batch_size or len(prompt_ids)
-        for start in range(0, len(prompt_ids), size):
-            rows = prompt_ids[start : start + size]
-            ids = pad_sequences(rows, pad_token_id, side="left").to(device)
-            mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
-            output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=_decode)
-            completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
-    model.train(training)
+    cuda, size = [device.index or 0] if device.type == "cuda" else [], batch_size or len(prompt_ids)
+    try:
+        with torch.random.fork_rng(cuda, enabled=generator_seed is not None):
+            if generator_seed is not None:
+                torch.manual_seed(generator_seed)
+            for start in range(0, len(prompt_ids), size):
+                rows = prompt_ids[start : start + size]
+                ids = pad_sequences(rows, pad_token_id, side="left").to(device)
+                mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
+                output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=_decode)
+                completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+    finally:
+        model.generation_config = own
+        model.train(training)
     return completions
 
 
@@ -152,12 +135,13 @@ def _until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:
 
 
 class VLLMSampler:
-    """Samples from a vLLM server that TRL's public client talks to; called as [`generate`], with the weights to sample
-    from. The main process alone talks to it, for all.
+    """Sample from a vLLM server through TRL's client, with the arguments of [`generate`] and the policy's weights.
+
+    Only the main process connects to the server, on behalf of all processes.
 
     Args:
-        base_url: where `vllm serve` listens.
-        timeout: seconds to wait until it is up.
+        base_url: URL of `vllm serve`.
+        timeout: seconds to wait for the server to start.
     """
 
     def __init__(self, accelerator, base_url: str, timeout: float):
@@ -179,29 +163,22 @@ class VLLMSampler:
         stop_token_ids: list[int],
         generator_seed: int | None = None,
     ) -> list[list[int]]:
-        """One completion for each prompt of this process.
+        """Return one completion for each prompt of this process.
 
         Args:
-            weights: the policy's, by the names of the plain model; tied ones once.
-            generator_seed: seeds the server's sampling; the server's own by default.
+            weights: the policy's weights under the names of the plain model, tied weights once.
+            generator_seed: seed of the server's sampling; by default the server's own.
         """
-        rows = gather_object([prompt_ids])
-        found = [None]
+        rows, found = gather_object([prompt_ids]), [None]
         if self.client is not None:
             kinds = [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in weights.items()]
             self.client.update_named_params(kinds, ((name, w.data) for name, w in weights.items()))
             self.client.reset_prefix_cache()
             extra = {"stop_token_ids": list(stop_token_ids)}
-            if generator_seed is not None:
-                extra["seed"] = generator_seed
-            answer = self.client.generate(
-                [row for part in rows for row in part],
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                logprobs=None,
-                generation_kwargs=extra,
-            )
-            found = [answer["completion_ids"]]
+            extra |= {} if generator_seed is None else {"seed": generator_seed}
+            prompts = [row for part in rows for row in part]
+            options = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": None}
+            found = [self.client.generate(prompts, **options, generation_kwargs=extra)["completion_ids"]]
         completions = iter(broadcast_object_list(found)[0])
         parts = [[_until_stop(next(completions), stop_token_ids) for _ in part] for part in rows]
         return parts[self.accelerator.process_index]

@@ -1,11 +1,12 @@
-"""Completions in, per-token log-probs out: the one home of scoring.
+"""Log-probs, entropies and hidden states of the tokens of completions.
 
-Everything is in completion coordinates, [batch B, completion tokens T]: column t belongs to the t-th token of the
-completion and is read from the position *before* it. A prompt with several completions is encoded once, nothing is
-padded, and the LM head sees the completions' positions only, in chunks whose logits the backward pass makes anew.
-A model that can't be packed, or whose head does more than is known here, is found by a probe at its first call and
-takes the padded path or its own forward, with the same numbers. So does a lifecycle model with prefix attention: the
-prompt is its prefix, as it is in generation.
+The results have the shape [batch B, completion tokens T]: column t belongs to token t of the completion and is read
+from the position *before* it. A prompt with several completions is encoded once, batches are packed without padding,
+and the LM head runs only on the positions that are needed, in chunks whose logits the backward pass computes again.
+
+At the first call of a model a probe tests whether it can be packed and whether its logits are those of a known head.
+If not, it gets padded batches or runs its own forward pass, with the same results. A lifecycle model with prefix
+attention is padded too; its prefix is the prompt, as in generation.
 """
 
 import warnings
@@ -23,7 +24,8 @@ from lifecycle_hf.data.collators import length_mask, pad_sequences
 from lifecycle_hf.models.lm_head import head_logprobs, read_head
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
 
-PROBE_PROMPT, PROBE_COMPLETIONS = 12, (7, 5)
+PROBE_LENGTHS = 12, 7, 5
+"""Tokens of the prompt of the probe, and of its two completions."""
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 PROBE_TOLERANCE_HALF, PROBE_LEAK = 0.05, 1e-5
 _traits: WeakKeyDictionary[nn.Module, dict[Callable, bool]] = WeakKeyDictionary()
@@ -31,12 +33,12 @@ _traits: WeakKeyDictionary[nn.Module, dict[Callable, bool]] = WeakKeyDictionary(
 
 @dataclass
 class Completions:
-    """Prompts with their completions, padded on the right.
+    """Hold prompts with their completions, padded on the right.
 
     Attributes:
-        input_ids: [B, L], prompt then completion then padding.
+        input_ids: [B, L], prompt, completion, padding.
         prompt_lengths, completion_lengths: [B].
-        groups: [B]; rows of one number have the same prompt, which is encoded once. By default each has its own.
+        groups: [B]; rows with equal numbers have the same prompt, which is encoded once. By default no rows share one.
     """
 
     input_ids: torch.Tensor
@@ -46,27 +48,22 @@ class Completions:
 
     @classmethod
     def from_lists(
-        cls,
-        prompts: list[list[int]],
-        completions: list[list[int]],
-        pad_token_id: int,
-        device=None,
-        groups: list[int] | None = None,
+        cls, prompts: list[list[int]], completions: list[list[int]], pad_token_id: int, device=None, groups=None
     ):
-        """Pads token lists.
+        """Build a batch from lists of token ids, and a list of group numbers or None.
 
         Raises:
-            ValueError: if a prompt or a completion is empty, or two rows of a group have different prompts, naming the
+            ValueError: a prompt or a completion is empty, or two rows of a group have different prompts; names the
                 row.
         """
         for name, rows in (("prompt", prompts), ("completion", completions)):
             empty = [i for i, row in enumerate(rows) if not row]
             if empty:
                 raise ValueError(f"Row {empty[0]} has an empty {name}: every {name} needs at least one token.")
-        first = dict(zip(reversed(groups or []), reversed(prompts)))
-        odd = [i for i, group in enumerate(groups or []) if prompts[i] != first[group]]
-        if odd:
-            raise ValueError(f"Row {odd[0]} is in group {groups[odd[0]]}, whose first row has another prompt.")
+        first = {}
+        for i, group in enumerate(groups or []):
+            if first.setdefault(group, prompts[i]) != prompts[i]:
+                raise ValueError(f"Row {i} is in group {group}, whose first row has another prompt: split the group.")
         ids = [p + c for p, c in zip(prompts, completions, strict=True)]
         return cls(
             pad_sequences(ids, pad_token_id).to(device),
@@ -77,23 +74,23 @@ class Completions:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """[B, L], 1 on prompt and completion."""
+        """[B, L], 1 at the tokens of prompt and completion."""
         return length_mask(self.prompt_lengths + self.completion_lengths, self.input_ids.shape[1]).long()
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """[B, T], true on completion tokens."""
+        """[B, T], true at the tokens of the completion."""
         return length_mask(self.completion_lengths, int(self.completion_lengths.max()))
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """The completions' tokens one after the other, [M]."""
-        rows = length_mask(self.prompt_lengths + self.completion_lengths, self.input_ids.shape[1])
-        return self.input_ids[rows & ~length_mask(self.prompt_lengths, self.input_ids.shape[1])]
+        """Tokens of all completions, row after row, [M]."""
+        prompts = length_mask(self.prompt_lengths, self.input_ids.shape[1])
+        return self.input_ids[self.attention_mask.bool() & ~prompts]
 
     @cached_property
     def packed(self) -> "Layout":
-        """How the batch stands in one row of trees: a prompt, then its completions."""
+        """Layout of the batch in one packed row: each prompt, followed by its completions."""
         device, width = self.input_ids.device, self.input_ids.shape[1]
         prompts, completions = self.prompt_lengths.tolist(), self.completion_lengths.tolist()
         members: dict[int, list[int]] = {}
@@ -109,36 +106,34 @@ class Completions:
                 tokens.append(torch.arange(prompt, prompt + completions[row]) + row * width)
                 starts[row], at = at, at + completions[row]
             trees.append((prompt, [completions[row] for row in rows]))
-        return Layout(
-            torch.cat(tokens).to(device), prompt_starts.to(device), starts.to(device), Segments(trees, device)
-        )
+        places = [part.to(device) for part in (torch.cat(tokens), prompt_starts, starts)]
+        return Layout(*places, Segments(trees, device))
 
     @cached_property
     def padded(self) -> "Layout":
-        """How the batch stands in its rows, flattened."""
+        """Layout of the batch in its padded rows, flattened."""
         starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * self.input_ids.shape[1]
         tokens = torch.arange(self.input_ids.numel(), device=self.input_ids.device)
         return Layout(tokens, starts, starts + self.prompt_lengths)
 
     @property
     def leaders(self) -> torch.Tensor:
-        """[B], the first row that has the same prompt."""
+        """[B], index of the first row of the same group."""
         rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
         return rows if self.groups is None else (self.groups[:, None] == self.groups).long().argmax(1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the batch consists of, by the names of the fields."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: part for name, part in parts.items() if part is not None}
+        """Return {name of the field: tensor}, without those that are None."""
+        return {f.name: part for f in fields(self) if (part := getattr(self, f.name)) is not None}
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch stand in what a model is given, [1, N] or [B, L], flattened.
+    """Positions of the tokens of a batch in the flattened input of a model, [1, N] packed or [B, L] padded.
 
     Attributes:
-        tokens: [N], the places of the model's tokens in the flattened `input_ids` of the batch.
-        prompt_starts, completion_starts: [B], where each row's prompt and completion begin.
-        segments: the trees of a packed row.
+        tokens: [N], position in the flattened `input_ids` of the batch of each input token of the model.
+        prompt_starts, completion_starts: [B], input positions where each row's prompt and completion begin.
+        segments: prompts and completions of a packed row, for the attention; None for padded rows.
     """
 
     tokens: torch.Tensor
@@ -147,7 +142,7 @@ class Layout(NamedTuple):
     segments: Segments | None = None
 
     def predictors(self, batch: Completions, extra: int = 0) -> torch.Tensor:
-        """[B, T + extra], the place each completion token is predicted from; padding points at the last token."""
+        """Return the position each completion token is predicted from, [B, T + extra]; the last token's on padding."""
         steps = torch.arange(int(batch.completion_lengths.max()) + extra, device=self.tokens.device)
         steps = torch.minimum(steps[None], batch.completion_lengths[:, None])
         after_prompt = (self.prompt_starts + batch.prompt_lengths - 1)[:, None]
@@ -155,7 +150,7 @@ class Layout(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What [`completion_logprobs`] returns."""
+    """Results of [`completion_logprobs`]."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None = None
@@ -173,23 +168,26 @@ def completion_logprobs(
     prompts: bool = False,
     states: bool = False,
 ) -> Scores:
-    """Log-probs of the completion tokens of `batch` under a causal LM; on request entropies, those of the prompts, and
-    the hidden states that they were read from.
+    """Compute log-probs of the completion tokens under a causal LM, log π(y_t | x, y_<t) at a temperature.
 
-    log π(y_t | x, y_<t) at the temperature in force.
+    Args:
+        entropy: also return the entropies of the predicted distributions.
+        entropy_gradient: give the entropies a gradient.
+        prompts: also return the log-probs of the prompts.
+        states: also return the last hidden states.
 
     Raises:
-        ValueError: `prompts` of a model with prefix attention.
+        ValueError: `prompts` with a model with prefix attention.
 
     Returns:
-        log-probs [B, T], entropies [B, T] (with `entropy`), Σ log π(x_t | x_<t) over the prompt's tokens but the first
-        [B] (with `prompts`): fp32, nats, 0 on padding. With `states` the last hidden states [B, T + 1, hidden], as
-        [`completion_hidden_states`] gives them with `extra=1`.
+        log-probs [B, T], entropies [B, T] (with `entropy`), Σ log π(x_t | x_<t) over the prompt's tokens except the
+        first [B] (with `prompts`): fp32, nats, 0 on padding. With `states` the last hidden states [B, T + 1, hidden],
+        as [`completion_hidden_states`] returns them with `extra=1`.
     """
     base, mask = unwrapped(model), batch.mask
     if prompts and has_prefix(base):
         raise ValueError(
-            "Log-probs of prompts were asked for (as nll_on_prompt does), but with attention='prefix' each token of a "
+            "Log-probs of prompts were requested (as nll_on_prompt does), but with attention='prefix' each token of a "
             'prompt sees those after it: turn that off, or load the model with attention="causal".'
         )
     fused = _probed(base, _head_is_known)
@@ -203,65 +201,62 @@ def completion_logprobs(
         tokens = torch.cat([tokens, batch.input_ids.roll(-1, 1)[inner]])
     options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
     logprobs, entropies = head_logprobs(base if fused else None, outputs[places], tokens, **options)
-    n = int(mask.sum())
 
-    def spread(values):
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values[:n])
+    def spread(values):  # the values after those of the mask are the prompts'
+        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
 
     sums, hidden = None, None
     if prompts:
         rows = inner.nonzero()[:, 0]
-        sums = logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs[n:])[batch.leaders]
-    if states:
-        if fused:
-            hidden = outputs[layout.predictors(batch, extra=1)]
-        else:
-            hidden = completion_hidden_states(base.base_model, batch, extra=1)
+        sums = logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs[len(batch.tokens) :])[batch.leaders]
+    if states and fused:
+        hidden = outputs[layout.predictors(batch, extra=1)]
+    elif states:
+        hidden = completion_hidden_states(base.base_model, batch, extra=1)
     return Scores(spread(logprobs), spread(entropies) if entropy else None, sums, hidden)
 
 
 def completion_hidden_states(
     backbone: nn.Module, batch: Completions, *, extra: int = 0, prefix: bool = True
 ) -> torch.Tensor:
-    """Last hidden states that precede each completion token, [B, T + extra, hidden].
-
-    With `extra=1` the last column that belongs to a row is the state after its last token, that of a bootstrap value.
+    """Return the last hidden state before each completion token, [B, T + extra, hidden].
 
     Args:
-        prefix: whether the prompt is the prefix of a backbone with prefix attention, which reward models, trained on
-            whole sequences, do without.
+        extra: 1 adds the state after the last token of each row, for a bootstrap value.
+        prefix: make the prompt the prefix of a backbone with prefix attention. Reward models are trained on whole
+            sequences and have no prefix.
     """
     layout, states = _run(backbone, batch, "last_hidden_state", prefix=prefix)
     return states[layout.predictors(batch, extra)]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without the wrapper of PEFT.
+    """Return the model inside a PEFT wrapper, or the model itself.
 
     Raises:
-        ValueError: the adapter is a prompt-learning one, whose tokens the model would not see.
+        ValueError: the adapter is a prompt-learning one, which the inner model would ignore.
     """
     if not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError("a prompt-learning adapter (prefix, prompt or p-tuning) can't be scored: use LoRA.")
+        raise ValueError("Scoring ignores a prompt-learning adapter (prefix, prompt or p-tuning): use LoRA.")
     return model.get_base_model()
 
 
 def has_prefix(module: nn.Module) -> bool:
-    """Whether prompts see themselves both ways, which a lifecycle model's config says."""
+    """Return whether a lifecycle model has prefix attention (bidirectional within the prompt)."""
     return getattr(module.config, "attention", None) == "prefix"
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether batches of this model are packed, which a probe finds out at the first call."""
+    """Return whether batches of this model are packed; the first call probes it."""
     return _probed(unwrapped(model).base_model, _can_be_packed)
 
 
 def _run(
     module: nn.Module, batch: Completions, output: str, packed: bool | None = None, prefix: bool = True
 ) -> tuple[Layout, torch.Tensor]:
-    """The output of a model or backbone for every token, flattened to [N, ...], and where what stands in it."""
+    """Return the layout of the input and the output of a model or backbone for every token, flattened to [N, ...]."""
     if packed is None:
         packed = packs(module)
     if not packed:
@@ -276,19 +271,19 @@ def _run(
 
 
 def _probed(module: nn.Module, trait: Callable[[nn.Module], bool]) -> bool:
-    """Whether `module` has a trait, found out once with dropout off, without gradients and autocast."""
+    """Return whether `module` has a trait, tested once, in eval mode, without gradients and autocast."""
     known = _traits.setdefault(module, {})
     if trait in known:
         return known[trait]
     modes = {part: part.training for part in module.modules()}
     module.eval()
-    # Flash kernels know no fp32, so models kept in it need the autocast that they run under.
+    # Flash kernels do not support fp32, so fp32 models need the autocast that they run under.
     flash = "flash" in (module.config.get_text_config()._attn_implementation or "")
     exact = nullcontext() if flash else torch.autocast(next(module.parameters()).device.type, enabled=False)
     try:
         with torch.no_grad(), exact:
             found, why = trait(module), "its numbers would differ"
-    except Exception as error:  # whatever a model's code raises where it can't be used so
+    except Exception as error:  # the code of a model may raise anything
         found, why = False, f"{type(error).__name__}: {str(error)[:100]}"
     for part, mode in modes.items():
         part.training = mode
@@ -300,24 +295,24 @@ def _probed(module: nn.Module, trait: Callable[[nn.Module], bool]) -> bool:
 
 
 def _can_be_packed(backbone: nn.Module) -> bool:
-    """Whether completions packed behind their prompt have the hidden states they have each by itself; if so it is set
-    up for it."""
+    """Return whether packing leaves the hidden states of completions unchanged; if so, set the backbone up for it."""
     if has_prefix(backbone):
         raise NotImplementedError("attention='prefix' is masked in padded batches only")
     enable_packing(backbone.config)
+    same = False
     try:
-        same = _packs_truly(backbone)
-    except Exception:
-        disable_packing(backbone.config)
-        raise
-    if not same:
-        disable_packing(backbone.config)
+        same = _packs_exactly(backbone)
+    finally:
+        if not same:
+            disable_packing(backbone.config)
     return same
 
 
-def _packs_truly(backbone: nn.Module) -> bool:
-    """Packed equals padded, and the second completion does not move when the first is another one: that holds exactly,
-    where low precision hides a small leak from the comparison."""
+def _packs_exactly(backbone: nn.Module) -> bool:
+    """Return whether packed equals padded, and a completion does not depend on the other one.
+
+    The second test is stricter: in low precision the first one could hide a small leak between the completions.
+    """
 
     def states(batch, packed):
         layout, states = _run(backbone, batch, "last_hidden_state", packed=packed)
@@ -326,29 +321,26 @@ def _packs_truly(backbone: nn.Module) -> bool:
     batch, other = _probe_batch(backbone), _probe_batch(backbone, first=1)
     got = states(batch, packed=True)
     moved = (states(other, packed=True)[1] - got[1]).abs().max()
-    leaks = moved > PROBE_LEAK * got.abs().max()
-    return not leaks and _alike(got, states(batch, packed=False), backbone)
+    return bool(moved <= PROBE_LEAK * got.abs().max()) and _alike(got, states(batch, packed=False), backbone)
 
 
 def _head_is_known(base: nn.Module) -> bool:
-    """Whether the logits are what [`read_head`] makes of the last hidden states."""
+    """Return whether [`read_head`] reproduces the logits from the last hidden states."""
     batch = _probe_batch(base)
     _, states = _run(base.base_model, batch, "last_hidden_state", packed=False)
     return _alike(read_head(base)(states), _run(base, batch, "logits", packed=False)[1], base)
 
 
 def _probe_batch(module: nn.Module, first: int = 0) -> Completions:
-    """Two completions of one prompt, random tokens; `first` draws another first completion."""
+    """Return two random completions of one prompt; `first` shifts the tokens of the first completion."""
     rows, draw = module.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
-    prompt, *completions = (
-        torch.randint(rows, (length,), generator=draw).tolist() for length in (PROBE_PROMPT, *PROBE_COMPLETIONS)
-    )
+    prompt, *completions = (torch.randint(rows, (n,), generator=draw).tolist() for n in PROBE_LENGTHS)
     completions[0] = [(token + first) % rows for token in completions[0]]
     return Completions.from_lists([prompt] * 2, completions, 0, next(module.parameters()).device, groups=[0, 0])
 
 
 def _alike(got: torch.Tensor, expected: torch.Tensor, module: nn.Module) -> bool:
-    """Equal up to the rounding of the dtype, relative to the largest entry."""
+    """Return whether two tensors are equal up to the rounding of the dtype, relative to the largest entry."""
     autocast = torch.is_autocast_enabled(got.device.type)
     exact = not (autocast or getattr(module, "is_quantized", False)) and next(module.parameters()).dtype
     tolerance = PROBE_TOLERANCE.get(exact, PROBE_TOLERANCE_HALF)

@@ -1,1 +1,1 @@
-"""Rows to ids and masks: schemas, tokenisation, collation."""
+"""Data: loading, schemas, tokenisation, packing, denoising and padding."""

@@ -1,46 +1,39 @@
-"""Padding, and masks from lengths."""
+"""Padding of token lists, masks made from lengths, and permutations made from a seed."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
-def pad_sequences(
-    sequences: list[list[int]], padding_value: int, side: str = "right", pad_to_multiple_of: int | None = None
-) -> torch.LongTensor:
-    """Token lists as one tensor [B, L], L the longest length (rounded up to `pad_to_multiple_of`).
+def pad_sequences(sequences: list[list[int]], padding_value: int, side: str = "right") -> torch.LongTensor:
+    """Return token lists as one tensor [B, L], where L is the length of the longest list.
 
     Raises:
-        ValueError: no sequence, or a `side` that is neither "right" nor "left".
+        ValueError: there is no sequence, or `side` is neither "right" nor "left".
     """
     if not sequences:
         raise ValueError("pad_sequences got no sequence to pad.")
     if side not in ("right", "left"):
-        raise ValueError(f"side={side!r}: padding goes to the 'right' or the 'left'.")
-    width = max(len(sequence) for sequence in sequences)
-    if pad_to_multiple_of:
-        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-    padded = torch.full((len(sequences), width), padding_value, dtype=torch.long)
-    for row, sequence in zip(padded, sequences, strict=True):
-        start = 0 if side == "right" else width - len(sequence)
-        row[start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-    return padded
+        raise ValueError(f"side={side!r}: it must be 'right' or 'left'.")
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=side)
 
 
 def length_mask(lengths: torch.LongTensor, width: int) -> torch.BoolTensor:
-    """Mask [B, width] that is true at the first `lengths[b]` positions of row b (right padding)."""
+    """Return the mask [B, width] that is true at the first `lengths[b]` positions of row b (right padding)."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def prompt_lengths(
     labels: torch.LongTensor, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None
 ) -> torch.LongTensor:
-    """How many tokens of each row stand before the first that is learnt (label not -100), padding left out.
+    """Return the number of tokens before the first one with a label (not -100), without padding.
 
     Args:
         labels, attention_mask: [B, L].
-        position_ids: [B, L], without an `attention_mask`: each document of a packed row starts at position 0.
+        position_ids: [B, L], used without an `attention_mask`: each document of a packed row starts at position 0.
 
     Returns:
-        [B, D], a number for each document; D = 1 with an `attention_mask`.
+        [B, D], one number for each of the D documents of a row; D = 1 with an `attention_mask`.
     """
     learnt = labels != -100
     if attention_mask is not None:

@@ -1,4 +1,4 @@
-"""Masked LM, span corruption, prefix LM and UL2's mixture: pure functions (token ids, rng) -> inputs, labels.
+"""Corrupt token ids for masked LM, span corruption, prefix LM and UL2's mixture, by functions of (ids, rng).
 
 Masked LM: Devlin et al. 2019 (arXiv 1810.04805). Span corruption: Raffel et al. 2020 (arXiv 1910.10683). Mixture of
 denoisers: Tay et al. 2023 (arXiv 2205.05131).
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-IGNORED = -100  # labels that transformers' losses leave out
+IGNORED = -100  # the label that the losses of transformers ignore
 
 
 def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one example: the same on every worker and rank and after a resume."""
+    """Return the random generator of one example, the same on every worker and rank and after a resumed run."""
     return np.random.default_rng((seed, epoch, index))
 
 
 def is_any_of(ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
-    """Mask [T]: which of `ids` are among `sorted_ids` (`np.isin` for a sorted list, which is quicker)."""
+    """Return the mask [T] of the `ids` that are in `sorted_ids`: `np.isin`, but faster, for a sorted array."""
     if not len(sorted_ids):
         return np.zeros(len(ids), dtype=bool)
     return sorted_ids.take(np.searchsorted(sorted_ids, ids), mode="clip") == ids
@@ -34,10 +34,10 @@ def mask_tokens(
     vocab_size: int,
     special_ids: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [T] of masked LM: each ordinary token is chosen with probability `rate`.
+    """Return inputs and labels [T] of masked LM: each ordinary token is chosen with probability `rate`.
 
-    Of the chosen ones 80 % become the mask, 10 % a random ordinary token, 10 % stay. Labels are the originals at
-    chosen positions and -100 elsewhere. Tokens of `special_ids` are neither chosen nor put in.
+    Of the chosen tokens, 80 % are replaced by the mask token, 10 % by a random ordinary token, and 10 % stay. Labels
+    are the original ids at chosen positions and -100 elsewhere. Ordinary tokens are those not in `special_ids`.
     """
     special = np.unique(np.asarray(special_ids, dtype=ids.dtype))
     draw = rng.random(len(ids))
@@ -52,27 +52,27 @@ def mask_tokens(
 
 
 def count_noise(length: int, rate: float) -> int:
-    """Noise tokens among `length`: round(length·rate), at least one, and at least one token kept.
+    """Return the number of noise tokens in a row: round(length·rate), at least 1 and at most length - 1.
 
     Raises:
-        ValueError: `length` below 2.
+        ValueError: `length` is below 2.
     """
     if length < 2:
-        raise ValueError(f"a row of {length} tokens can't be corrupted: one must be noise and one kept.")
+        raise ValueError(f"a row of {length} tokens can't be corrupted: it needs at least 2 tokens.")
     return min(max(round(length * rate), 1), length - 1)
 
 
 def count_spans(length: int, rate: float, mean_span: float) -> int:
-    """Noise spans among `length` tokens: round(noise / mean_span), at least one, each behind a kept token."""
+    """Return the number of noise spans in a row: round(noise / mean_span), at least 1, each after a kept token."""
     noise = count_noise(length, rate)
     return min(max(round(noise / mean_span), 1), noise, length - noise)
 
 
 def random_spans_mask(length: int, rng: np.random.Generator, *, rate: float, mean_span: float) -> np.ndarray:
-    """Mask [length], true at noise: kept and noise segments by turns, T5's `random_spans_noise_mask`.
+    """Return a mask [length], true at noise, as T5's `random_spans_noise_mask`: kept and noise segments alternate.
 
-    Both kinds are cut to the number of spans at uniformly random places, so no two spans touch. The row starts with a
-    kept token and ends with noise.
+    The kept tokens and the noise tokens are each cut to as many segments as there are spans, at uniformly random
+    places, so no two spans touch. The row starts with a kept token and ends with noise.
     """
     noise, spans = count_noise(length, rate), count_spans(length, rate, mean_span)
     segments = np.empty((spans, 2), dtype=np.intp)
@@ -82,7 +82,7 @@ def random_spans_mask(length: int, rng: np.random.Generator, *, rate: float, mea
 
 
 def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths [parts], each at least one, that add up to `total`; every such list is equally likely."""
+    """Draw lengths [parts], each at least 1, whose sum is `total`. Every such list is equally likely."""
     cuts = np.empty(parts + 1, dtype=np.intp)
     cuts[0], cuts[-1] = 0, total
     cuts[1:-1] = np.sort(rng.choice(total - 1, parts - 1, replace=False, shuffle=False)) + 1
@@ -92,12 +92,12 @@ def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarra
 def corrupt_spans(
     ids: np.ndarray, mask: np.ndarray, sentinel_ids: np.ndarray, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Span corruption of ids [T] at mask [T]: the k-th span is replaced by the k-th sentinel.
+    """Return inputs and targets of span corruption: the k-th span of `mask` in ids [T] becomes the k-th sentinel.
 
     a b C D e F -> inputs: a b <0> e <1>; targets: <0> C D <1> F EOS.
 
     Raises:
-        ValueError: more spans than sentinels.
+        ValueError: there are more spans than sentinels.
     """
     starts = mask.copy()
     starts[1:] &= ~mask[:-1]
@@ -107,6 +107,7 @@ def corrupt_spans(
     inputs[starts] = sentinel_ids[:spans]
     noise = ids[mask]
     places = np.flatnonzero(starts[mask]) + np.arange(spans)
+    # np.insert would make the same targets in about three times the time.
     targets = np.empty(len(noise) + spans + 1, dtype=ids.dtype)
     is_noise = np.ones(len(targets), dtype=bool)
     is_noise[places] = is_noise[-1] = False
@@ -114,28 +115,11 @@ def corrupt_spans(
     return inputs[~mask | starts], targets
 
 
-def restore(inputs: np.ndarray, targets: np.ndarray, sentinel_ids: np.ndarray) -> np.ndarray:
-    """The original [T] of a denoiser's inputs and targets (without mode token); the text itself has no sentinel.
-
-    Raises:
-        ValueError: the sentinels of inputs and targets differ.
-    """
-    order = np.sort(np.asarray(sentinel_ids))
-    here, there = is_any_of(inputs, order), is_any_of(targets, order)
-    if not np.array_equal(inputs[here], targets[there]):
-        raise ValueError(f"the inputs have the sentinels {inputs[here]}, the targets {targets[there]}: no pair.")
-    if not there.any():
-        return np.concatenate((inputs, targets))
-    holes = np.flatnonzero(here) - np.arange(np.count_nonzero(here))
-    lengths = np.diff(np.flatnonzero(there), append=len(targets) - 1) - 1
-    return np.insert(inputs[~here], np.repeat(holes, lengths), targets[:-1][~there[:-1]])
-
-
 def check_sentinels(what: str, spans: int, sentinel_ids: np.ndarray) -> None:
-    """Check that each of `spans` spans has a sentinel.
+    """Check that there is a sentinel for each of `spans` spans.
 
     Raises:
-        ValueError: there are too few; the message says how many are needed and how to add them.
+        ValueError: there are too few sentinels. The message says how many are needed and how to add them.
     """
     if spans > len(sentinel_ids):
         raise ValueError(
@@ -146,7 +130,7 @@ def check_sentinels(what: str, spans: int, sentinel_ids: np.ndarray) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DenoisingTokens:
-    """The ids that corrupted rows are made with; `add_denoising_tokens` gives those of a tokenizer."""
+    """Hold the token ids that corruption needs; `add_denoising_tokens` returns those of a tokenizer."""
 
     eos_id: int
     vocab_size: int
@@ -158,11 +142,12 @@ class DenoisingTokens:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One way to corrupt a row: a share `rate` of its tokens, in spans of `mean_span` tokens in the mean.
+    """Corrupt the share `rate` of the tokens of a row, in spans with a mean length of `mean_span` tokens.
 
     Without `mean_span` it is prefix LM: the noise is one span at the end, the inputs are the prefix and the targets
-    the rest, with neither sentinel nor EOS added. Without `rate` too, the prefix is uniformly long, 1 to T-1 tokens.
-    `mode` is the token that stands first, if any. A row with less noise than `mean_span` has one shorter span.
+    the rest, and neither sentinels nor EOS are added. Without `rate` too, the length of the prefix is drawn uniformly
+    from 1 to T-1. `mode` is the token, if any, at the start of the inputs. A row with fewer noise tokens than
+    `mean_span` has one shorter span.
 
     Raises:
         ValueError: a rate outside (0, 1), a mean span below 1, or a mean span without rate.
@@ -182,11 +167,11 @@ class Denoiser:
             raise ValueError(f"denoiser {self.name!r}: mean_span={self.mean_span} must be at least 1.")
 
     def spans(self, length: int) -> int:
-        """Sentinels that a row of `length` tokens needs."""
+        """Return the number of sentinels that a row of `length` tokens needs."""
         return 0 if self.mean_span is None else count_spans(length, self.rate, self.mean_span)
 
     def sizes(self, length: int) -> tuple[int, int, int]:
-        """Tokens in the inputs (mode token included), in the targets, and in both; the most there can be of each."""
+        """Return the largest numbers of tokens in the inputs (with mode token), in the targets, and in both."""
         spans, mode = self.spans(length), int(self.mode is not None)
         end = int(spans > 0)
         fewest, most = (1, length - 1) if self.rate is None else [count_noise(length, self.rate)] * 2
@@ -195,7 +180,7 @@ class Denoiser:
     def corrupt(
         self, ids: np.ndarray, rng: np.random.Generator, tokens: DenoisingTokens
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of ids [T], without the mode token."""
+        """Return inputs and targets made from ids [T], without the mode token."""
         if self.mean_span is not None:
             mask = random_spans_mask(len(ids), rng, rate=self.rate, mean_span=self.mean_span)
             return corrupt_spans(ids, mask, tokens.sentinel_ids, tokens.eos_id)
@@ -217,14 +202,14 @@ UL2_DENOISERS = (
 
 
 def planned_length(denoiser: Denoiser, context_length: int, target_length: int | None = None) -> int:
-    """The most tokens of text whose corrupted row just fits, so that rows fill the context instead of being padded.
+    """Return the largest number of text tokens whose corrupted row fits, so that rows need no padding.
 
-    One stack: mode + inputs + targets <= context_length; the row is at most two tokens shorter, where one token more
-    would make one span more. Encoder and decoder (`target_length` given): inputs with EOS <= context_length and
-    targets <= target_length.
+    One stack: mode + inputs + targets <= context_length. The row is up to two tokens shorter than the context if one
+    more token of text would make one more span. Encoder and decoder (`target_length` given): inputs with EOS <=
+    context_length and targets <= target_length.
 
     Raises:
-        ValueError: no row fits, or none that can hold a span of the denoiser's mean length.
+        ValueError: no row fits, or none with a span of the denoiser's mean length.
     """
 
     def overflows(length):
@@ -245,5 +230,5 @@ def planned_length(denoiser: Denoiser, context_length: int, target_length: int |
 
 
 def sentinels_needed(denoisers: Sequence[Denoiser], context_length: int, target_length: int | None = None) -> int:
-    """The most spans that a row of any of the denoisers has: what to give `add_denoising_tokens`."""
+    """Return the largest number of spans in a row of any denoiser: the `n_sentinels` of `add_denoising_tokens`."""
     return max(denoiser.spans(planned_length(denoiser, context_length, target_length)) for denoiser in denoisers)

@@ -1,4 +1,4 @@
-"""Data by name: a source that was registered, a local file or folder, or a dataset of the Hub."""
+"""Load data by name: a registered source, a local file or folder, or a dataset of the Hub."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from lifecycle_hf.data.corpora import split_tail, text_corpus
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_SEED = 0.05, 500, 0
 SOURCES: dict[str, Callable[[str], Mapping[str, Dataset]]] = {}
-"""Name -> function from a stage ("pretrain", "sft", "reward", "ppo", "ptx") to its splits.
+"""For each name a function that takes a stage ("pretrain", "sft", "reward", "ppo", "ptx") and returns its splits.
 
 `lifecycle_hf.toyworld` adds itself here when it is imported."""
 
@@ -20,13 +20,13 @@ def load_splits(
 ) -> tuple[Dataset, Dataset | None]:
     """Load the splits (train, test) of a dataset by its name.
 
-    When there is no split named `test`, 5 % of the train split (1 to 500 rows, always the same) are held out for it;
-    a train split of one row gives None. For the stage `pretrain`, text files are whole documents (`text_corpus`), held
-    out by `split_tail`.
+    If there is no split named `test`, 5 % of the train split (1 to 500 rows, always the same) are held out as test
+    split; with a train split of one row, the test split is None. For the stage `pretrain`, a text file is one document
+    (`text_corpus`), and `split_tail` holds out the test split.
 
     Args:
         name: a name in [`SOURCES`], a local file or folder, or a dataset of the Hub.
-        stage: what the data is for.
+        stage: the stage of training that the data is for.
         config: configuration of a dataset of the Hub.
 
     Raises:
@@ -48,10 +48,10 @@ def load_splits(
 
 
 def load_test(name: str, stage: str) -> Dataset:
-    """Load the split `test`, or the only split, of a dataset by its name: all the rows there are to measure on.
+    """Load the split `test` of a dataset by its name, or its only split, with all rows.
 
     Raises:
-        ValueError: nothing is found under the name, or it has several splits and none is `test`.
+        ValueError: nothing is found under the name, or there are several splits and none is `test`.
     """
     splits = find_splits(name, stage)
     if "test" not in splits and len(splits) > 1:
@@ -60,12 +60,12 @@ def load_test(name: str, stage: str) -> Dataset:
 
 
 def first_rows(dataset: Dataset | None, rows: int) -> Dataset | None:
-    """Return the first `rows` rows of a dataset, or None where there is none."""
+    """Return the first `rows` rows of a dataset, or None if `dataset` is None."""
     return None if dataset is None else dataset.select(range(min(len(dataset), rows)))
 
 
 def find_splits(name: str, stage: str, config: str | None = None) -> Mapping[str, Dataset]:
-    """Return all splits of what a name stands for; arguments and errors as in [`load_splits`]."""
+    """Return all splits of the dataset of this name. Arguments and errors are those of [`load_splits`]."""
     if name in SOURCES:
         return SOURCES[name](stage)
     if stage == "pretrain" and (corpus := text_corpus(name)):

@@ -1,7 +1,7 @@
-"""What the rows of a corpus are: how much text each takes, and what inputs and labels it becomes.
+"""Plans of rows: how many tokens of text a row takes from the corpus, and the inputs and labels made from them.
 
-A plan has kinds of rows; a dataset draws a kind for each row, cuts `lengths[kind]` tokens from the corpus and calls
-`row(kind, ids, rng)`. The arrays that it returns are int64.
+A plan has kinds of rows. A dataset draws a kind for each row, cuts `lengths[kind]` tokens from the corpus and calls
+`row(kind, ids, rng)`, which returns int64 arrays.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from lifecycle_hf.data.denoising import (
 
 
 class RowPlan:
-    """Kinds of rows by `names`, the tokens of text that each takes, and how often it is drawn.
+    """Hold the kinds of rows: their names, the number of text tokens that each takes, and how often it is drawn.
 
     Raises:
-        ValueError: weights that are not one per kind, negative, or all zero.
+        ValueError: `weights` does not have one number for each kind, or has a negative one, or is all zero.
     """
 
     def __init__(self, names: Sequence[str], lengths: Sequence[int], weights: Sequence[float] | None = None):
@@ -34,19 +34,19 @@ class RowPlan:
         self._cumulative[np.flatnonzero(weights)[-1] :] = 1
 
     def draw(self, rng: np.random.Generator, size: int | None = None) -> np.ndarray:
-        """Kinds [size] by their weights."""
+        """Draw kinds [size] with probabilities proportional to the weights."""
         return np.searchsorted(self._cumulative, rng.random(size), side="right")
 
     def row(self, kind: int, ids: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray | int]:
-        """The example that `lengths[kind]` tokens of text become."""
+        """Return the example made from `lengths[kind]` tokens of text."""
         raise NotImplementedError
 
 
 class CausalRows(RowPlan):
-    """Text as it stands; models shift the labels themselves.
+    """Return unchanged text as inputs and labels; models shift the labels themselves.
 
     Raises:
-        ValueError: a context of less than two tokens.
+        ValueError: the context is shorter than two tokens.
     """
 
     def __init__(self, context_length: int):
@@ -59,10 +59,10 @@ class CausalRows(RowPlan):
 
 
 class MaskedRows(RowPlan):
-    """Masked LM over rows of `context_length` tokens; see `mask_tokens`.
+    """Mask rows of `context_length` tokens for masked LM; see `mask_tokens`.
 
     Raises:
-        ValueError: no mask token, a rate outside (0, 1), or a context of less than two tokens.
+        ValueError: there is no mask token, a rate is outside (0, 1), or the context is shorter than two tokens.
     """
 
     def __init__(self, tokens: DenoisingTokens, context_length: int, *, rate: float = 0.15):
@@ -72,12 +72,8 @@ class MaskedRows(RowPlan):
         if not 0 < rate < 1:
             raise ValueError(f"masked LM: rate={rate} must lie between 0 and 1.")
         super().__init__(["masked"], [context_length])
-        self._options = {
-            "rate": rate,
-            "mask_id": tokens.mask_id,
-            "vocab_size": tokens.vocab_size,
-            "special_ids": tokens.special_ids,
-        }
+        ids = {"mask_id": tokens.mask_id, "special_ids": tokens.special_ids}
+        self._options = ids | {"rate": rate, "vocab_size": tokens.vocab_size}
 
     def row(self, kind, ids, rng):
         inputs, labels = mask_tokens(ids, rng, **self._options)
@@ -85,14 +81,16 @@ class MaskedRows(RowPlan):
 
 
 class DenoisedRows(RowPlan):
-    """Rows of a mixture of denoisers that fill the context; equally likely unless `weights` says otherwise.
+    """Corrupt rows with a mixture of denoisers so that they fill the context; by default all are equally likely.
 
     One stack: `input_ids` are mode, inputs and targets; `labels` are aligned with them and -100 on the first
-    `prefix_length`, which a prefix LM reads both ways. With `target_length`, encoder and decoder: `input_ids` are
-    mode, inputs and EOS (as T5's), `labels` the targets. `denoiser` is the number of the row's denoiser.
+    `prefix_length` tokens, to which a prefix LM attends in both directions. Encoder and decoder (with
+    `target_length`): `input_ids` are mode, inputs and EOS (as T5's), and `labels` are the targets. `denoiser` is the
+    index of the row's denoiser.
 
     Raises:
-        ValueError: a context too short for a denoiser, fewer sentinels than spans, or a mode without token.
+        ValueError: the context is too short for a denoiser, there are fewer sentinels than spans, or the token of a
+            mode is missing.
     """
 
     def __init__(
@@ -133,7 +131,7 @@ def check_context(context_length: int) -> None:
     """Check that a row has a token to predict.
 
     Raises:
-        ValueError: a context of less than two tokens.
+        ValueError: the context is shorter than two tokens.
     """
     if context_length < 2:
         raise ValueError(f"context_length={context_length}: a row needs at least 2 tokens to have one to predict.")

@@ -1,4 +1,4 @@
-"""The dataset formats this library reads: what columns they have, how to tell them apart, how to convert them.
+"""The dataset formats that this library reads: their columns, how to recognise them and how to convert them.
 
 The names and layouts are TRL's: ``text | prompt-completion | preference | unpaired | prompt``, each plain (strings) or
 chat (lists of ``{"role", "content"}`` messages).
@@ -10,7 +10,7 @@ import re
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
-# Per schema the sets of columns of which one must be complete.
+# For each schema, sets of columns. A dataset needs all columns of one set.
 SCHEMAS = {
     "preference": [("chosen", "rejected")],
     "unpaired": [("prompt", "completion", "label")],
@@ -24,26 +24,25 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def check_train_dataset(dataset, trainer: str) -> None:
-    """Check that there is a dataset with a length.
+    """Check that there is a dataset and that it has a length.
 
     Raises:
-        ValueError: no dataset, or a streamed one.
+        ValueError: there is no dataset, or it is streamed.
     """
     if dataset is None:
         raise ValueError(f"{trainer}: train_dataset is missing.")
     if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"{trainer}: train_dataset is a {type(dataset).__name__}; give a datasets.Dataset (one split, not "
-            "streamed), since rows that can't be used are counted and reported before training."
-        )
+        kind = type(dataset).__name__
+        raise ValueError(f"{trainer}: train_dataset is a {kind}; pass a datasets.Dataset (one split, not streamed).")
 
 
 def validate(dataset: Dataset, schema: str, where: str) -> None:
     """Check that `dataset` has the columns of `schema` and at least one row.
 
     Raises:
-        ValueError: empty dataset, missing columns (the message lists the columns found and the likely misspelling),
-            or a column that holds neither text nor messages; `where` is named, e.g. ``"train_dataset"``.
+        ValueError: the dataset is empty, columns are missing (the message lists the columns found and a likely
+            misspelling), or a column holds neither text nor messages. The message starts with `where`, e.g.
+            ``"train_dataset"``.
     """
     columns = list(dataset.column_names or next(iter(dataset), {}))
     options = SCHEMAS[schema]
@@ -52,14 +51,11 @@ def validate(dataset: Dataset, schema: str, where: str) -> None:
         raise ValueError(_missing_columns(columns, options, f"{where}: a {schema} dataset"))
     row = next(iter(dataset), None)
     if row is None:
-        raise ValueError(
-            f"{where} is empty: it has the columns {columns} but no row. Check the split and its filters."
-        )
+        raise ValueError(f"{where} is empty: columns {columns}, but no row. Check the split and its filters.")
     for name in found:
         value = row[name]
-        if name not in ("label", "conversations") and not (
-            value is None or isinstance(value, str) or is_messages(value) or value == []
-        ):
+        readable = value is None or value == [] or isinstance(value, str) or is_messages(value)
+        if name not in ("label", "conversations") and not readable:
             raise ValueError(
                 f"{where}: column '{name}' of row 0 holds {type(value).__name__} {repr(value)[:60]}; it must be a "
                 "string or a list of {'role': ..., 'content': ...} messages."
@@ -68,7 +64,7 @@ def validate(dataset: Dataset, schema: str, where: str) -> None:
 
 def _missing_columns(columns: list[str], options: list[tuple[str, ...]], what: str) -> str:
     def look(option):
-        """(names that are missing, {missing name: column that looks like it})"""
+        """Return the missing names of `option`, and for each the column with a similar name, if there is one."""
         missing = [name for name in option if name not in columns]
         close = {name: difflib.get_close_matches(name, set(columns) - set(option), n=1) for name in missing}
         return missing, {name: found[0] for name, found in close.items() if found}
@@ -81,7 +77,7 @@ def _missing_columns(columns: list[str], options: list[tuple[str, ...]], what: s
 
 
 def detect(dataset: Dataset, where: str) -> str:
-    """The schema of `dataset` by its columns, the most specific first.
+    """Return the schema of `dataset`: the most specific one whose columns it has.
 
     Raises:
         ValueError: no schema fits, or the dataset is empty.
@@ -96,20 +92,20 @@ def detect(dataset: Dataset, where: str) -> str:
 
 
 def is_messages(value) -> bool:
-    """Whether `value` is a non-empty list of chat messages."""
+    """Return whether `value` is a non-empty list of chat messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def is_transcript(text) -> bool:
-    r"""Whether `text` is a transcript as in Anthropic's hh-rlhf: ``"\n\nHuman: ...\n\nAssistant: ..."``."""
+    r"""Return whether `text` is a transcript as in Anthropic's hh-rlhf: ``"\n\nHuman: ...\n\nAssistant: ..."``."""
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def transcript_to_messages(text: str) -> list[dict[str, str]]:
-    r"""Chat messages of a ``"\n\nHuman: ...\n\nAssistant: ..."`` transcript.
+    r"""Return the chat messages of a transcript ``"\n\nHuman: ...\n\nAssistant: ..."``.
 
     Raises:
-        ValueError: `text` is no such transcript.
+        ValueError: `text` is not such a transcript.
     """
     if not is_transcript(text):
         raise ValueError(f"not a 'Human: ... Assistant: ...' transcript: {str(text)[:60]!r}")
@@ -118,37 +114,33 @@ def transcript_to_messages(text: str) -> list[dict[str, str]]:
 
 
 def to_preference(dataset: Dataset, where: str) -> Dataset:
-    """`dataset` with the columns chosen, rejected[, prompt][, margin, ref_*_logps]; transcripts become messages.
+    """Return `dataset` with the columns chosen, rejected[, prompt][, margin, ref_*_logps], transcripts as messages.
 
-    A prompt column is kept only where chosen and rejected do not contain the prompt themselves. Values that can't be
-    read become empty, which tokenisation counts and drops.
+    A prompt column is kept only if chosen and rejected do not contain the prompt themselves. Values that can't be read
+    become empty; tokenisation counts and drops their rows.
 
     Raises:
-        ValueError: as `validate`.
+        ValueError: see `validate`.
     """
     validate(dataset, "preference", where)
     return _unify_preference(dataset.select_columns([n for n in _PREFERENCE_COLUMNS if n in dataset.column_names]))
 
 
 def to_unpaired(dataset: Dataset, where: str) -> Dataset:
-    """`dataset` with its columns prompt, completion, label; a prompt that is a transcript becomes messages.
+    """Return `dataset` with its columns prompt, completion and label; prompts that are transcripts become messages.
 
     Raises:
-        ValueError: as `validate`.
+        ValueError: see `validate`.
     """
     validate(dataset, "unpaired", where)
-    if not is_transcript(first_value(dataset, "prompt")):
-        return dataset
-    return dataset.map(
-        lambda row: {"prompt": _prompt_messages(row["prompt"]), "completion": _answer(row["completion"])}
-    )
+    return _chats(dataset, "completion")
 
 
 def to_prompts(dataset: Dataset, where: str) -> Dataset:
-    """`dataset` with a column "prompt" (text or messages), taken from prompt, prompt-completion or preference rows.
+    """Return `dataset` with a column "prompt" (text or messages) from prompt, prompt-completion or preference rows.
 
-    The other columns stay. Of preference rows without a prompt it is what chosen and rejected share
-    (`trl.maybe_extract_prompt`), cut back to the last user turn.
+    The other columns are kept. For preference rows without a prompt, it is the common start of chosen and rejected
+    (`trl.maybe_extract_prompt`), up to the last user turn.
 
     Raises:
         ValueError: the dataset is empty or has none of these schemas.
@@ -156,10 +148,7 @@ def to_prompts(dataset: Dataset, where: str) -> Dataset:
     schema = detect(dataset, where)
     if schema == "text":
         raise ValueError(_missing_columns(dataset.column_names, [("prompt",), ("chosen", "rejected")], where))
-    if schema == "preference":
-        dataset = _unify_preference(dataset)
-    elif is_transcript(first_value(dataset, "prompt")):
-        dataset = dataset.map(lambda row: {"prompt": _prompt_messages(row["prompt"])})
+    dataset = _unify_preference(dataset) if schema == "preference" else _chats(dataset)
     return dataset if "prompt" in dataset.column_names else dataset.map(_shared_prompt)
 
 
@@ -170,33 +159,31 @@ def _unify_preference(dataset: Dataset) -> Dataset:
         dataset = dataset.remove_columns("prompt")
     if whole:
         return dataset.map(lambda row: {side: _messages_or_nothing(row[side]) for side in ("chosen", "rejected")})
-    if is_transcript(first.get("prompt")):
-        return dataset.map(
-            lambda row: {
-                "prompt": _prompt_messages(row["prompt"]),
-                **{side: _answer(row[side]) for side in ("chosen", "rejected")},
-            }
-        )
-    return dataset
+    return _chats(dataset, "chosen", "rejected")
 
 
 def first_value(dataset: Dataset, column: str):
-    """The first value of a column that is not empty, by which its layout is told; None where all are."""
+    """Return the first non-empty value of a column, which shows its layout, or None if all are empty."""
     return next((value for value in dataset[column] if value), None)
-
-
-def _answer(text) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": (text or "").strip()}]
 
 
 def _messages_or_nothing(text) -> list[dict[str, str]]:
     return transcript_to_messages(text) if is_transcript(text) else []
 
 
-def _prompt_messages(text) -> list[dict[str, str]]:
-    messages = _messages_or_nothing(text)
-    # A last "Assistant:" without words invites the answer, as the chat template's generation prompt does.
-    return messages[:-1] if messages and not messages[-1]["content"] else messages
+def _chats(dataset: Dataset, *answers: str) -> Dataset:
+    """Return `dataset` with prompts and the text columns `answers` as messages if its prompts are transcripts."""
+    if "prompt" not in dataset.column_names or not is_transcript(first_value(dataset, "prompt")):
+        return dataset
+
+    def convert(row):
+        prompt = _messages_or_nothing(row["prompt"])
+        # An empty "Assistant:" turn at the end only asks for the answer. The chat template adds its own.
+        prompt = prompt[:-1] if prompt and not prompt[-1]["content"] else prompt
+        said = {name: (row[name] or "").strip() for name in answers}
+        return {"prompt": prompt} | {name: [{"role": "assistant", "content": text}] for name, text in said.items()}
+
+    return dataset.map(convert)
 
 
 def _shared_prompt(row: dict) -> dict:

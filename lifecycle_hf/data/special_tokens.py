@@ -1,4 +1,4 @@
-"""The tokens of denoising objectives in a tokenizer."""
+"""Add the tokens of denoising objectives to a tokenizer."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ def add_denoising_tokens(
     mask: str | None = None,
     where: str = "processing_class",
 ) -> DenoisingTokens:
-    """Add sentinels ``<extra_id_0>``, ..., mode tokens and a mask token where the tokenizer lacks them.
+    """Add the sentinels ``<extra_id_0>``, ..., mode tokens and a mask token that the tokenizer does not have.
 
-    The model's embeddings must then be grown to ``len(tokenizer)``. Text that spells a token out, e.g. "[X]", is read
-    as that token from then on, unless it is encoded with ``split_special_tokens=True``.
+    The model's embeddings must then be resized to ``len(tokenizer)``. From then on, text that contains the string of a
+    token, e.g. "[X]", is encoded as that token, unless it is encoded with ``split_special_tokens=True``.
 
     Raises:
-        ValueError: no EOS token, or a tokenizer that takes no new tokens.
+        ValueError: there is no EOS token, or no token can be added to the tokenizer.
     """
     eos_id = require_eos(tokenizer, where)
     if mask is not None and tokenizer.mask_token is None:
@@ -39,7 +39,7 @@ def add_denoising_tokens(
         raise ValueError(
             f"{where}: {type(tokenizer).__name__} has no room for {len(refused)} of the tokens that denoising needs "
             f"({', '.join(refused[:3])}{', ...' if len(refused) > 3 else ''}): its vocabulary of {len(tokenizer)} "
-            "takes no new ones. Use a tokenizer that has them (T5's) or one that grows, or a causal objective."
+            "can't be extended. Use a tokenizer that has them (T5's) or can be extended, or a causal objective."
         )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids) | {vocabulary[token] for token in [*sentinels, *modes]}

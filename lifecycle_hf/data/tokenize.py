@@ -1,4 +1,4 @@
-"""Rows to token ids and loss masks, one function per schema."""
+"""Turn rows into token ids and loss masks, with one function per schema."""
 
 import hashlib
 import re
@@ -17,10 +17,10 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """The id of the tokenizer's end-of-sequence token.
+    """Return the id of the tokenizer's EOS (end-of-sequence) token.
 
     Raises:
-        ValueError: it has none, so nothing would tell a model where a completion ends.
+        ValueError: there is no EOS token, so a model could not learn where a completion ends.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -31,7 +31,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Check that chat data can be rendered.
+    """Check that the tokenizer can turn chat messages into text.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -44,30 +44,28 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> Non
 
 
 def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template marks assistant turns by ``{% generation %}``."""
+    """Return whether the chat template marks assistant turns by ``{% generation %}``."""
     template = tokenizer.chat_template or ""
     return bool(_GENERATION_MARKER.search(template["default"] if isinstance(template, dict) else template))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: plain text as it is, messages through the chat template up to where the answer begins.
+    """Return the ids of a prompt: of plain text, or of messages in the chat template, up to the start of the answer.
 
-    Messages that end with an assistant turn are left open, so that the model goes on with that turn.
+    If the last message is the assistant's, its turn is not closed, so that the model continues it.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     open_turn = prompt[-1]["role"] == "assistant"
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=not open_turn, continue_final_message=open_turn, return_dict=True
-    )["input_ids"]
-    return list(ids)
+    options = {"add_generation_prompt": not open_turn, "continue_final_message": open_turn, "return_dict": True}
+    return list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
 
 
 def encode_complete(tokenizer: PreTrainedTokenizerBase, text: str | list[dict]) -> list[int]:
-    """Ids of a finished text or conversation, ended at its EOS: the same ids as prompt + sampled completion.
+    """Return the ids of a finished text or conversation up to its EOS: the ids of prompt + sampled completion.
 
-    Plain text gets an EOS if it has none. Of a conversation, white space that the template puts behind the last EOS
-    is cut off, since a model that samples stops at the EOS.
+    EOS is appended to plain text that does not end with it. If the chat template writes white space after the last
+    EOS, it is cut off, because sampling stops at the EOS.
     """
     eos = tokenizer.eos_token_id
     if isinstance(text, str):
@@ -79,7 +77,7 @@ def encode_complete(tokenizer: PreTrainedTokenizerBase, text: str | list[dict]) 
 
 
 def _check(dataset: Dataset, schema: str, column: str, tokenizer, where: str) -> None:
-    """What all rows need: the columns of the schema, an EOS, and a chat template where `column` holds messages."""
+    """Check the columns of the schema, the EOS token, and, if `column` holds messages, the chat template."""
     validate(dataset, schema, where)
     require_eos(tokenizer, where)
     if is_messages(first_value(dataset, column)):
@@ -89,179 +87,162 @@ def _check(dataset: Dataset, schema: str, column: str, tokenizer, where: str) ->
 def tokenize_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """`dataset` with a column "prompt_ids" (see `encode_prompt`).
+    """Return `dataset` with a column "prompt_ids" (see `encode_prompt`).
 
     Rows whose prompt is empty, neither text nor messages, or longer than `max_length` tokens are dropped with one
     warning.
 
     Raises:
-        ValueError: no usable row; an unusable row under `strict`; messages without a chat template.
+        ValueError: no row is usable; `strict` and one row is not; messages without a chat template.
     """
     validate(dataset, "prompt", where)
     if any(is_messages(prompt) for prompt in dataset["prompt"]):
         require_chat_template(tokenizer, where)
 
     def encode(row):
-        problem = text_problem(row["prompt"], "prompt")
-        if problem:
-            return {"prompt_ids": [], "_problem": problem}
+        _refuse(text_problem(row["prompt"], "prompt"))
         ids = encode_prompt(tokenizer, row["prompt"])
-        return {"prompt_ids": ids, "_problem": _length_problem("prompt", max_length, ids)}
+        _check_length("prompt", max_length, ids)
+        return {"prompt_ids": ids}
 
-    return map_usable(dataset, encode, where=where, strict=strict)
+    return map_usable(dataset, encode, {"prompt_ids": []}, dataset.column_names, where=where, strict=strict)
 
 
 def tokenize_preference(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "chosen_ids" and "rejected_ids" (prompt included, see `encode_complete`) and "margin" if there is one.
+    """Return the columns "chosen_ids" and "rejected_ids" (with prompt, see `encode_complete`) and "margin" if present.
 
-    Rows with an empty or identical pair, or a side longer than `max_length` tokens, are dropped with one warning.
+    A row is dropped, with one warning for all, if chosen or rejected is empty or longer than `max_length` tokens, or
+    if both are the same.
 
     Raises:
-        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
+        ValueError: no row is usable; `strict` and one row is not; no EOS; messages without a chat template.
     """
     _check(dataset, "preference", "chosen", tokenizer, where)
 
     def encode(row):
-        problem = _pair_problem(row)
-        if problem:
-            return {"chosen_ids": [], "rejected_ids": [], "_problem": problem}
+        _check_pair(row)
         prompt = row.get("prompt") or type(row["chosen"])()
         chosen, rejected = (encode_complete(tokenizer, prompt + row[side]) for side in ("chosen", "rejected"))
-        problem = _length_problem("pair", max_length, chosen, rejected)
-        return {"chosen_ids": chosen, "rejected_ids": rejected, "_problem": problem}
+        _check_length("pair", max_length, chosen, rejected)
+        return {"chosen_ids": chosen, "rejected_ids": rejected}
 
-    return map_usable(dataset, encode, where=where, strict=strict, keep=("chosen_ids", "rejected_ids", "margin"))
+    nothing = {"chosen_ids": [], "rejected_ids": []}
+    return map_usable(dataset, encode, nothing, ["margin"], where=where, strict=strict)
 
 
 def tokenize_pairs(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "prompt_ids", "chosen_ids" and "rejected_ids", the same tokens as TRL's DPOTrainer makes, and
-    "prompt_key", which is the same for the same prompt only.
+    """Return the columns "prompt_ids", "prompt_key", "chosen_ids" and "rejected_ids".
 
-    What chosen and rejected share is the prompt where there is no column for it. Completions are cut to `max_length`
-    tokens with their prompt. Rows are dropped with one warning where a completion is empty, has no room left behind
-    its prompt, or is the same for chosen and rejected, cut or not. Columns "ref_chosen_logps" and "ref_rejected_logps"
-    stay.
+    The tokens are the same as in TRL's DPOTrainer. Two rows have the same "prompt_key" only if they have the same
+    prompt. Without a prompt column, the prompt is the common start of chosen and rejected. Completions are cut to
+    `max_length` tokens with their prompt. A row is dropped, with one warning for all, if a completion is empty, if the
+    prompt leaves no room for it, or if chosen and rejected are the same, before or after the cut. The columns
+    "ref_chosen_logps" and "ref_rejected_logps" are kept.
 
     Raises:
-        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
+        ValueError: no row is usable; `strict` and one row is not; no EOS; messages without a chat template.
     """
     _check(dataset, "preference", "chosen", tokenizer, where)
 
     def encode(row):
-        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "prompt_key": ""}
-        problem = _pair_problem(row)
-        if problem:
-            return nothing | {"_problem": problem}
+        _check_pair(row)
         row = {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
         row = row if "prompt" in row else maybe_extract_prompt(row)
-        prompt, completions, problem = _encode_behind(tokenizer, row["prompt"], row["chosen"], row["rejected"])
-        if not problem:
-            completions, problem = _cut(prompt, completions, max_length)
-        if not problem and completions[0] == completions[1]:
-            problem = f"the same chosen and rejected once cut to {max_length} tokens"
-        if problem:
-            return nothing | {"_problem": problem}
-        ids = {"prompt_ids": prompt, "chosen_ids": completions[0], "rejected_ids": completions[1]}
-        return ids | {"prompt_key": _key(row["prompt"]), "_problem": ""}
+        prompt, chosen, rejected = _encode_after(tokenizer, max_length, row["prompt"], row["chosen"], row["rejected"])
+        if chosen == rejected:
+            raise _Unusable(f"the same chosen and rejected once cut to {max_length} tokens")
+        key = _key(row["prompt"])
+        return {"prompt_ids": prompt, "prompt_key": key, "chosen_ids": chosen, "rejected_ids": rejected}
 
-    keep = ("prompt_ids", "prompt_key", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
-    return map_usable(dataset, encode, where=where, strict=strict, keep=keep)
+    nothing = {"prompt_ids": [], "prompt_key": "", "chosen_ids": [], "rejected_ids": []}
+    keep = ["ref_chosen_logps", "ref_rejected_logps"]
+    return map_usable(dataset, encode, nothing, keep, where=where, strict=strict)
 
 
 def tokenize_unpaired(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "prompt_ids", "completion_ids" and "label" (true: desirable), the tokens those of TRL's KTOTrainer, and
-    "prompt_key", which is the same for the same prompt only.
+    """Return the columns "prompt_ids", "prompt_key", "completion_ids" and "label" (true: desirable).
 
-    Rows are dropped with one warning where the completion is empty or has no room left behind its prompt, or the label
-    is missing or neither true nor false. A column "ref_logps" stays.
+    The tokens are the same as in TRL's KTOTrainer. Two rows have the same "prompt_key" only if they have the same
+    prompt. A row is dropped, with one warning for all, if the completion is empty, if the prompt leaves no room for
+    it, or if the label is missing or neither true nor false. A column "ref_logps" is kept.
 
     Raises:
-        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template.
+        ValueError: no row is usable; `strict` and one row is not; no EOS; messages without a chat template.
     """
     _check(dataset, "unpaired", "completion", tokenizer, where)
-    dataset = dataset.rename_column("label", "_label")  # of whatever type: the new column is one of booleans
+    dataset = dataset.rename_column("label", "_label")  # It can have any type; the new column holds booleans.
 
     def encode(row):
-        prompt, completions, problem = [], [[]], text_problem(row["completion"], "completion")
         if row["_label"] not in (True, False):
-            problem = "missing label" if row["_label"] is None else "label that is neither true nor false"
-        if not problem:
-            prompt, completions, problem = _encode_behind(tokenizer, row["prompt"], row["completion"])
-        if not problem:
-            completions, problem = _cut(prompt, completions, max_length)
-        label = not problem and bool(row["_label"])
-        ids = {"prompt_ids": prompt, "completion_ids": completions[0], "prompt_key": _key(row["prompt"])}
-        return ids | {"label": label, "_problem": problem}
+            raise _Unusable("missing label" if row["_label"] is None else "label that is neither true nor false")
+        _refuse(text_problem(row["completion"], "completion"))
+        prompt, ids = _encode_after(tokenizer, max_length, row["prompt"], row["completion"])
+        key, label = _key(row["prompt"]), bool(row["_label"])
+        return {"prompt_ids": prompt, "prompt_key": key, "completion_ids": ids, "label": label}
 
-    keep = ("prompt_ids", "prompt_key", "completion_ids", "label", "ref_logps")
-    return map_usable(dataset, encode, where=where, strict=strict, keep=keep)
+    nothing = {"prompt_ids": [], "prompt_key": "", "completion_ids": [], "label": False}
+    return map_usable(dataset, encode, nothing, ["ref_logps"], where=where, strict=strict)
 
 
 def _key(prompt) -> str:
-    """A prompt's identity, which its ids are not: they may end earlier under one completion than under another."""
+    """Return a hash of a prompt. Its ids can't identify it, since they may differ with its completion."""
     return hashlib.sha256(repr(prompt).encode()).hexdigest()[:16]
 
 
-def _encode_behind(tokenizer, prompt, *completions) -> tuple[list[int], list[list[int]], str]:
-    """Ids of a prompt and of finished completions behind it, and why they can't be used.
+def _encode_after(tokenizer, max_length: int | None, prompt, *completions) -> list[list[int]]:
+    """Return the ids of a prompt and of each finished completion after it, cut to `max_length` tokens together.
 
-    The prompt ends where its tokens and those of prompt and completion part, as they do where a tokenizer merges
-    across the border.
+    The prompt ends at the first token at which it differs from a prompt with completion, since a tokenizer may merge
+    the end of a prompt with the start of a completion.
     """
     if prompt is None:
-        return [], [[]], "empty prompt"
+        raise _Unusable("empty prompt")
     if any(type(prompt) is not type(completion) for completion in completions):
-        return [], [[]], "prompt and completion of different kinds (text, messages)"
+        raise _Unusable("prompt and completion of different kinds (text, messages)")
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
         prompt_ids = tokenizer(prompt)["input_ids"] if prompt else []
         texts = [c if c.endswith(eos) else c + eos for c in completions]
         whole = [tokenizer(prompt + text)["input_ids"] for text in texts]
-        if not prompt_ids:  # an implicit prompt of no character is the BOS alone, where there is one
+        if not prompt_ids:  # An empty prompt is the BOS alone, if the tokenizer writes one.
             prompt_ids = whole[0][:1] if whole[0][:1] == [tokenizer.bos_token_id] else []
     else:
-        if problem := text_problem(prompt, "prompt"):
-            return [], [[]], problem
+        _refuse(text_problem(prompt, "prompt"))
         template = tokenizer.apply_chat_template
         prompt_ids = list(template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
         whole = [list(template(prompt + c, return_dict=True)["input_ids"]) for c in completions]
     shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
-    return prompt_ids[:shared], [ids[shared:] for ids in whole], "" if shared else "prompt without a token"
+    if not shared:
+        raise _Unusable("prompt without a token")
+    if max_length is not None and shared >= max_length:
+        raise _Unusable(f"prompt that fills max_length={max_length}")
+    encoded = [prompt_ids[:shared], *(ids[shared:max_length] for ids in whole)]
+    _refuse("" if all(encoded) else "completion without a token")
+    return encoded
 
 
-def _cut(prompt: list[int], completions: list[list[int]], max_length: int | None) -> tuple[list[list[int]], str]:
-    """Completions cut to what `max_length` leaves them behind the prompt, and why they can't be used."""
-    if max_length is not None and len(prompt) >= max_length:
-        return completions, f"prompt that fills max_length={max_length}"
-    cut = [ids if max_length is None else ids[: max_length - len(prompt)] for ids in completions]
-    return cut, "" if all(cut) else "completion without a token"
-
-
-def _pair_problem(row: dict) -> str:
-    return (
-        text_problem(row["chosen"], "chosen")
-        or text_problem(row["rejected"], "rejected")
-        or ("identical chosen and rejected" if row["chosen"] == row["rejected"] else "")
-    )
+def _check_pair(row: dict) -> None:
+    _refuse(text_problem(row["chosen"], "chosen") or text_problem(row["rejected"], "rejected"))
+    _refuse("identical chosen and rejected" if row["chosen"] == row["rejected"] else "")
 
 
 def tokenize_texts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, strict: bool = False
 ) -> Dataset:
-    """Columns "input_ids" and "loss_mask" (1 where the token counts in the loss), cut to `max_length` tokens.
+    """Return the columns "input_ids" and "loss_mask" (1: the token counts in the loss), cut to `max_length` tokens.
 
-    Plain text: EOS appended, loss on all tokens. Prompt-completion: loss on the completion. Messages: loss on the
-    assistant's tokens if the chat template has ``{% generation %}`` markers, else on all tokens. Rows with nothing to
-    learn from are dropped with one warning.
+    Plain text: EOS is appended, and the loss is on all tokens. Prompt-completion: the loss is on the completion.
+    Messages: the loss is on the assistant's tokens if the chat template has ``{% generation %}`` markers, else on all
+    tokens. Rows without a token in the loss are dropped with one warning.
 
     Raises:
-        ValueError: no usable row; an unusable row under `strict`; no EOS; messages without a chat template; a dataset
+        ValueError: no row is usable; `strict` and one row is not; no EOS; messages without a chat template; a dataset
             that is neither text, messages nor prompt-completion.
     """
     schema = detect(dataset, where)
@@ -277,11 +258,10 @@ def tokenize_texts(
 
     def encode(row):
         ids, mask = _encode_with_mask(tokenizer, maybe_convert_to_chatml(dict(row)), schema)
-        ids, mask = ids[:max_length], mask[:max_length]
-        problem = "" if any(mask) else "no token to learn from (empty, or lost to max_length)"
-        return {"input_ids": ids, "loss_mask": mask, "_problem": problem}
+        _refuse("" if any(mask[:max_length]) else "no token to learn from (empty, or lost to max_length)")
+        return {"input_ids": ids[:max_length], "loss_mask": mask[:max_length]}
 
-    return map_usable(dataset, encode, where=where, strict=strict, keep=("input_ids", "loss_mask"))
+    return map_usable(dataset, encode, {"input_ids": [], "loss_mask": []}, [], where=where, strict=strict)
 
 
 def _encode_with_mask(tokenizer, row: dict, schema: str) -> tuple[list[int], list[int]]:
@@ -292,7 +272,7 @@ def _encode_with_mask(tokenizer, row: dict, schema: str) -> tuple[list[int], lis
         prompt_ids = encode_prompt(tokenizer, row["prompt"]) if row["prompt"] else []
         start = common_prefix_length(prompt_ids, ids)
         return ids, [0] * start + [1] * (len(ids) - start)
-    text = row.get("text") if "text" in row else row["messages"]
+    text = row["text"] if "text" in row else row["messages"]
     if text_problem(text, "text"):
         return [], []
     if is_messages(text) and has_generation_markers(tokenizer):
@@ -303,7 +283,7 @@ def _encode_with_mask(tokenizer, row: dict, schema: str) -> tuple[list[int], lis
 
 
 def text_problem(value, name: str) -> str:
-    """Why a text or a list of messages can't be used, or an empty string if it can."""
+    """Return why a text or a list of messages can't be used, or an empty string if it can."""
     if isinstance(value, str):
         return "" if value.strip() else f"empty {name}"
     if is_messages(value):
@@ -313,30 +293,48 @@ def text_problem(value, name: str) -> str:
     return f"empty {name}" if value is None or value == [] else f"{name} that is neither text nor messages"
 
 
-def _length_problem(name: str, max_length: int | None, *sequences: list[int]) -> str:
-    if any(not ids for ids in sequences):
-        return f"{name} without a token"
-    too_long = max_length is not None and any(len(ids) > max_length for ids in sequences)
-    return f"{name} longer than {max_length} tokens" if too_long else ""
+def _check_length(name: str, max_length: int | None, *sequences: list[int]) -> None:
+    _refuse("" if all(sequences) else f"{name} without a token")
+    if max_length is not None and max(map(len, sequences)) > max_length:
+        raise _Unusable(f"{name} longer than {max_length} tokens")
+
+
+class _Unusable(Exception):
+    """The reason why a row can't be used."""
+
+
+def _refuse(problem: str) -> None:
+    """Raise `_Unusable` if there is a problem."""
+    if problem:
+        raise _Unusable(problem)
 
 
 def map_usable(
-    dataset: Dataset, encode: Callable[[dict], dict], *, where: str, strict: bool, keep: tuple[str, ...] | None = None
+    dataset: Dataset, encode: Callable[[dict], dict], nothing: dict, keep: Sequence[str], *, where: str, strict: bool
 ) -> Dataset:
-    """Map `encode` over the rows, drop those for which it returns a non-empty "_problem" (see `usable_rows`), and of
-    the columns all that are not in `keep`."""
-    dataset = dataset.map(encode, desc=f"Tokenizing {where}")
+    """Map `encode` over the rows and drop the rows for which it raises `_Unusable` (see `usable_rows`).
+
+    The columns of the result are those of `nothing`, an empty row, and the columns of the dataset that `keep` names.
+    """
+
+    def attempt(row):
+        try:
+            return encode(row) | {"_problem": ""}
+        except _Unusable as problem:
+            return nothing | {"_problem": str(problem)}
+
+    keep = [name for name in keep if name in dataset.column_names and name not in nothing]
+    dataset = dataset.map(attempt, desc=f"Tokenizing {where}")
     kept = usable_rows(dataset["_problem"], where=where, strict=strict)
-    columns = [name for name in dataset.column_names if name != "_problem"]
-    dataset = dataset.select_columns([name for name in keep or columns if name in columns])
+    dataset = dataset.select_columns([*nothing, *keep])
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def usable_rows(problems: Sequence[str], *, where: str, strict: bool) -> list[int]:
-    """Indices of the rows without a problem; the others are told in one warning, with count and first index.
+    """Return the indices of the rows without a problem, and report the others in one warning.
 
     Raises:
-        ValueError: no row is left, or `strict` and there is a problem.
+        ValueError: no row is left, or `strict` is set and a row has a problem.
     """
     problems = list(problems)
     bad = [index for index, problem in enumerate(problems) if problem]

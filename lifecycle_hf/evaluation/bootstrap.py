@@ -9,15 +9,15 @@ _CELLS = 1 << 22
 
 
 def first_column(means: np.ndarray) -> np.ndarray:
-    """The statistic of a plain mean: [..., K] -> [...]."""
+    """Return the plain mean, the first of the K column means: [..., K] -> [...]."""
     return means[..., 0]
 
 
 class Measurement(float):
-    """A number, and the items that it was computed from: value = statistic(x̄), x̄ the mean over N items of K columns.
+    """Hold a number with the items that it comes from: value = statistic(x̄), x̄ the mean over N items of K columns.
 
     Means, ratios of sums and ECE are all of that form, so that resamples need no more than weighted means. To
-    everything that knows nothing of items it is a float.
+    code that does not know about items it is a float.
 
     Args:
         items: [N] or [N, K], finite; the same items in the same order where two measurements are to be compared.
@@ -41,12 +41,12 @@ class Measurement(float):
 
 
 def ratio(means: np.ndarray) -> np.ndarray:
-    """The statistic of Σa / Σb over columns (a, b)."""
+    """Return Σa / Σb from the means of the columns (a, b)."""
     return means[..., 0] / means[..., 1]
 
 
 def exp_ratio(means: np.ndarray) -> np.ndarray:
-    """The statistic of exp(Σa / Σb), perplexity's, over columns (NLL, tokens)."""
+    """Return exp(Σa / Σb), the perplexity, from the means of the columns (NLL, tokens)."""
     return np.exp(ratio(means))
 
 
@@ -58,7 +58,7 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of `first`, or of the difference `first` − `second`: (low, high).
+    """Return the percentile bootstrap interval (low, high) of `first`, or of the difference `first` − `second`.
 
     Of two measurements with as many items each, the items are taken for the same ones and resampled together
     (paired); of two with different counts, each by itself. In simulations BCa covered no better.

@@ -1,4 +1,4 @@
-"""Does a model that says 70 % turn out right 70 % of the time? ECE, Brier score, NLL."""
+"""Calibration: whether a model that gives 70 % is right 70 % of the time (ECE, Brier score, NLL)."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from lifecycle_hf.evaluation.bootstrap import Measurement
 
 
 def reliability_bins(confidence, correct, *, bins: int = 10) -> dict[str, np.ndarray]:
-    """Confidence and accuracy in `bins` equal-width bins ((b−1)/bins, b/bins] of [0, 1]; 0 goes to the first.
+    """Return confidence and accuracy in `bins` equal-width bins ((b−1)/bins, b/bins] of [0, 1]; 0 is in the first.
 
     Args:
         confidence: [N], probabilities.
@@ -44,7 +44,7 @@ def _sum_of_gaps(means):
 
 
 def expected_calibration_error(confidence, correct, *, bins: int = 10) -> Measurement:
-    """ECE = Σ_b n_b/N · |accuracy_b − confidence_b| over equal-width bins; 0 is perfect, lower is better.
+    """Return ECE = Σ_b n_b/N · |accuracy_b − confidence_b| over equal-width bins; 0 is perfect.
 
     Arguments and errors as `reliability_bins`. The items are the gaps correct_i − confidence_i, each in the column of
     its bin. The noise of few predictions per bin biases it upwards: a calibrated model's is above 0.
@@ -58,7 +58,7 @@ def expected_calibration_error(confidence, correct, *, bins: int = 10) -> Measur
 
 
 def brier_score(probabilities, labels) -> Measurement:
-    """Mean over N of Σ_c (p_c − [c = label])², in [0, 2]; 0 is perfect, lower is better.
+    """Return the mean over N of Σ_c (p_c − [c = label])², in [0, 2]; 0 is perfect.
 
     Args:
         probabilities: [N, C], of each class.
@@ -74,7 +74,7 @@ def brier_score(probabilities, labels) -> Measurement:
 
 
 def negative_log_likelihood(probabilities, labels) -> Measurement:
-    """Mean over N of −log p_label, nats; lower is better. Arguments and errors as `brier_score`.
+    """Return the mean over N of −log p_label, nats; lower is better. Arguments and errors as `brier_score`.
 
     Probabilities below 1e-300 count as that, so that the mean stays finite.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is worth: capability and alignment metrics asked for by name, for any model there is."""
+"""Measure checkpoints of any kind: capability and alignment metrics by name, and the tax between two of them."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Result:
     sides: dict[str, list[str]] = field(default_factory=lambda: {"alignment": [], "capability": []})
 
     def add(self, name: str, value: float, higher: bool, side: str | None = "capability") -> None:
-        """Takes in a metric; `side` is None where it is on neither."""
+        """Add a metric; `side` is None for one that is neither alignment nor capability."""
         self.values[name], self.higher_is_better[name] = value, higher
         if side:
             self.sides[side].append(name)
@@ -53,7 +53,7 @@ class Result:
 
 @dataclass(frozen=True)
 class World:
-    """A world whose truth is known, which a checkpoint is measured in by one name.
+    """Describe a world whose truth is known, in which a checkpoint is measured by one name.
 
     Attributes:
         measure: `f(model, tokenizer, *, n, seed) -> {metric: value}`.
@@ -74,7 +74,7 @@ WORLDS: dict[str, World] = {}
 
 @dataclass
 class Evaluation:
-    """Metrics of checkpoints, on the same items for all of them.
+    """Measure checkpoints by the same metrics on the same items.
 
     Args:
         capability: each KIND:DATA[:COLUMN], with data as `load_test` finds it, that no model has trained on:
@@ -116,12 +116,12 @@ class Evaluation:
             raise ValueError("alignment: its metrics need prompts to answer (--prompts DATA).")
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A checkpoint of any kind, on the accelerator where there is one."""
+        """Load a checkpoint of any kind, on the accelerator where there is one."""
         kwargs = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} if self.dtype else {}
         return load_causal_lm(name, init_kwargs=kwargs).to(_device()).eval(), load_tokenizer(name)
 
     def measure(self, model, tokenizer, reference: PreTrainedModel | None = None) -> Result:
-        """Everything asked for; `drift` only against a `reference` that shares the tokenizer."""
+        """Return all metrics of a model; `drift` only against a `reference` that shares the tokenizer."""
         result = Result()
         for spec in self.capability:
             metric = self._world if spec in WORLDS else getattr(self, f"_{spec.partition(':')[0]}")
@@ -188,7 +188,7 @@ class Evaluation:
 
     @cached_property
     def _titles(self) -> dict[str, str]:
-        """What a spec's metrics are named by: the last part of its data's name, all of it where two share that."""
+        """{spec: its name}: the last part of its data's name, or the whole name where two specs share that."""
         parts = {spec: spec.partition(":")[::2] for spec in self.capability}
         short = {spec: (kind, Path(data.partition(":")[0]).name.split(".")[0]) for spec, (kind, data) in parts.items()}
         parts |= {spec: ("", spec) for spec in self.alignment}
@@ -313,7 +313,7 @@ def measure_tax(
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last part of each name, as much more of it as tells it from the others."""
+    """The last part of each name, or as many parts as make it different from the others."""
     parts = [name.rstrip("/").split("/") for name in names]
     for size in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-size:]) for part in parts]

@@ -1,4 +1,4 @@
-"""How many different things a model says: token entropy, distinct-n, self-BLEU."""
+"""Diversity of what a model says: token entropy, distinct-n, self-BLEU."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 def token_entropy(
     model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, batch_size: int = 8
 ) -> Measurement:
-    """Mean over all completion tokens of −Σ_v π(v|s_t)·log π(v|s_t), nats, at temperature 1.
+    """Return the mean over all completion tokens of −Σ_v π(v|s_t)·log π(v|s_t), nats, at temperature 1.
 
     Args:
         prompts, completions: token ids, one completion each, sampled from the model.
@@ -32,14 +32,14 @@ def token_entropy(
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, and each other sign by itself."""
+    """Return the words of a text: runs of letters and digits, and each other sign by itself."""
     return _WORD.findall(text)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words / all n-grams, over all texts together; it falls as texts grow in number and length.
+    """Return different n-grams / all n-grams of words, over all texts; it falls with the number and length of texts.
 
-    A plain number: among resampled texts some stand twice, which would bias it. 0 where no text has n words.
+    It is a plain number, since resampling repeats texts, which would bias it. It is 0 where no text has n words.
 
     Reference: https://arxiv.org/abs/1510.03055, section 4.3.
     """
@@ -48,7 +48,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[str], *, max_n: int = 4) -> Measurement:
-    """Mean BLEU of each text against all the others, in [0, 1]: 1 when all are alike, lower is more diverse.
+    """Return the mean BLEU of each text against all others, in [0, 1]: 1 when all are equal, lower is more diverse.
 
     BLEU of one sentence over `words`, as sacrebleu's `BLEU(effective_order=True, tokenize="none")`: clipped n-gram
     precisions, exponential smoothing, brevity penalty by the closest reference length. The texts are compared with one
@@ -73,7 +73,7 @@ def self_bleu(texts: Sequence[str], *, max_n: int = 4) -> Measurement:
 
 
 def _bleu(own, top, length, lengths, max_n):
-    """`top` has each n-gram's two highest counts in a text: of the text that has the highest, others have the next."""
+    """BLEU of one text; `top` has each n-gram's two highest counts, and a text with the highest meets the next one."""
     correct, total = [0] * max_n, [max(length - n, 0) for n in range(max_n)]
     for gram, count in own.items():
         best, second = top[gram]

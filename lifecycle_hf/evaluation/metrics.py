@@ -1,4 +1,4 @@
-"""What a model still knows, and how far it drifted: perplexity, multiple choice, exact match, KL to the reference.
+"""Capability and drift of a model: perplexity, multiple choice, exact match, KL to the reference.
 
 All of them return a `Measurement`: a float that remembers its items, so that a report can give its interval.
 """
@@ -22,7 +22,7 @@ from lifecycle_hf.objectives.policy import kl_estimate
 def row_logits(
     model: PreTrainedModel, rows: Sequence[list[int]], *, batch_size: int, prefixes: Sequence[int] | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, logits [length, vocabulary] in fp32) of every row of token ids, the shortest first, in eval mode.
+    """Yield (index, logits [length, vocabulary] in fp32) of every row of token ids, the shortest first, in eval mode.
 
     Args:
         prefixes: how many tokens of each row a model with prefix attention reads both ways; none by default.
@@ -54,7 +54,7 @@ def perplexity(
     batch_size: int = 8,
     max_length: int = 512,
 ) -> Measurement:
-    """exp(Σ −log p(x_t | x_<t) / number of predicted tokens), over all tokens of all texts, not a mean of means.
+    """Return exp(Σ −log p(x_t | x_<t) / number of predicted tokens), over all tokens of all texts together.
 
     Each text, or conversation, is tokenised with its special tokens, ended at an EOS where the tokenizer has one (see
     `encode_complete`), and cut to `max_length` tokens; its first token is given, not predicted. The model's mode
@@ -77,7 +77,7 @@ def perplexity(
 
 
 class MultipleChoice(NamedTuple):
-    """What [`multiple_choice`] returns.
+    """Hold what [`multiple_choice`] returns.
 
     Attributes:
         acc: share of questions whose choice of highest log-likelihood is right.
@@ -102,7 +102,7 @@ def multiple_choice(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> MultipleChoice:
-    """argmax_c Σ_t log p(c_t | question, c_<t) against the label; `acc` and `acc_norm` as in lm-evaluation-harness.
+    """Compare argmax_c Σ_t log p(c_t | question, c_<t) with the label; `acc`, `acc_norm` as in lm-evaluation-harness.
 
     Behind a question that is text a choice stands after a space, tokenised together with it; messages are rendered up
     to where the answer begins. Of more than `max_length` tokens the first ones are cut off.
@@ -162,7 +162,7 @@ def _unended(tokenizer, text) -> list[int]:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None) -> Measurement:
-    """Share of answers that equal their reference, white space at both ends aside.
+    """Return the share of answers that equal their reference, without white space at both ends.
 
     Args:
         pattern: regular expression whose last match (its first group, if it has one) is what is compared, on either
@@ -193,7 +193,7 @@ def kl_to_reference(
     estimator: str = "exact",
     batch_size: int = 8,
 ) -> dict[str, Measurement]:
-    """KL(π‖π_ref) along completions sampled from π at temperature 1, nats: {"kl": per sequence, "kl_per_token"}.
+    """Return KL(π‖π_ref) along completions of π at temperature 1, nats: {"kl": per sequence, "kl_per_token"}.
 
     "exact": Σ_t Σ_v π(v|s_t)·log(π(v|s_t) / π_ref(v|s_t)), the full vocabulary at each state visited, so that only the
     states are sampled; "k1", "k2", "k3": from the sampled tokens alone (`objectives.policy.kl_estimate`).

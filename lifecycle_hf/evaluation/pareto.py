@@ -1,4 +1,4 @@
-"""Runs that nobody beats on both counts: the Pareto front, and how much it covers."""
+"""The Pareto front of runs by alignment and capability, and its hypervolume."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the non-dominated points (alignment, capability), both higher is better, by alignment ascending.
+    """Return indices of the non-dominated points (alignment, capability), higher is better, by alignment ascending.
 
     A point is dominated by one that is at least as good in both and better in one; equal points stand together.
 
@@ -20,7 +20,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Area between the reference point and the front of the points (alignment, capability) that are better in both.
+    """Return the area between the reference point and the front of the points (alignment, capability).
 
     Raises:
         ValueError: as `pareto_front`.

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from lifecycle_hf.evaluation.calibration import expected_calibration_error, reliability_bins
 from lifecycle_hf.evaluation.pareto import pareto_front
-from lifecycle_hf.scaling.picture import GREY, INK, STYLE
+from lifecycle_hf.scaling.picture import GREY, INK, new_figure, style
 
 PANELS = {
     "Reward": {
@@ -30,7 +28,7 @@ PANELS = {
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")
 
 
-@rc_context(STYLE)
+@style()
 def plot_history(history, path, panels=None, title=None):
     """Draw metrics against the optimizer step, one panel side by side for each group, and save a PNG.
 
@@ -51,7 +49,7 @@ def plot_history(history, path, panels=None, title=None):
     if not curves:
         keys = sorted({key for row in history for key in row})
         raise ValueError(f"plot_history: no row has a metric of the panels; the rows have {keys}.")
-    figure = Figure(figsize=(4.4 * len(curves), 3.4))
+    figure = new_figure(4.4 * len(curves), 3.4)
     for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         _draw_panel(axes, name, lines)
     if title:
@@ -79,13 +77,13 @@ def _finite(value):
     return value is not None and math.isfinite(value)
 
 
-@rc_context(STYLE)
+@style()
 def plot_reliability(confidence, correct, path: str | Path, *, bins: int = 10, title: str = "Calibration") -> None:
     """Draw the reliability diagram: accuracy against confidence, and the number of predictions per bin."""
     table = reliability_bins(confidence, correct, bins=bins)
     full, width = table["count"] > 0, 1.0 / bins
     middle = (table["edges"][:-1] + table["edges"][1:]) / 2
-    figure = Figure(figsize=(4.4, 5.2))
+    figure = new_figure(4.4, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.bar(middle[full], table["accuracy"][full], width=width * 0.95, color=COLOURS[0], alpha=0.6, label="accuracy")
     top.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="perfect")
@@ -99,7 +97,7 @@ def plot_reliability(confidence, correct, path: str | Path, *, bins: int = 10, t
     figure.savefig(path)
 
 
-@rc_context(STYLE)
+@style()
 def plot_overoptimization(kl, scores: dict[str, Sequence[float]], path: str | Path, title: str = "Over-optimisation"):
     """Draw scores, such as {"proxy reward": …, "gold reward": …}, against √KL(π‖π_ref) of the same measurements.
 
@@ -109,7 +107,7 @@ def plot_overoptimization(kl, scores: dict[str, Sequence[float]], path: str | Pa
     Reference: Gao et al., https://arxiv.org/abs/2210.10760, section 3.
     """
     distance = np.sqrt(np.maximum(kl, 0.0))
-    order, figure = np.argsort(distance, kind="stable"), Figure(figsize=(5.2, 3.6))
+    order, figure = np.argsort(distance, kind="stable"), new_figure(5.2, 3.6)
     axes = figure.subplots()
     for colour, (label, values) in zip(COLOURS, scores.items()):
         axes.plot(distance[order], np.asarray(values)[order], "o-", color=colour, markersize=4, label=label)
@@ -118,7 +116,7 @@ def plot_overoptimization(kl, scores: dict[str, Sequence[float]], path: str | Pa
     figure.savefig(path)
 
 
-@rc_context(STYLE)
+@style()
 def plot_pareto(
     rows: Sequence[dict],
     path: str | Path,
@@ -138,7 +136,7 @@ def plot_pareto(
     """
     points = np.array([(row["alignment"], row["capability"]) for row in rows])
     numbered = len(rows) > 8
-    figure = Figure(figsize=(9.6 if numbered else 7.2, 5.0))
+    figure = new_figure(9.6 if numbered else 7.2, 5.0)
     axes = figure.subplots()
     front = pareto_front(points)
     steps = {"drawstyle": "steps-pre", "color": COLOURS[2], "linewidth": 1.4, "zorder": 1}

@@ -1,19 +1,19 @@
-"""The before/after table of a run: know what you paid, and how sure that is."""
+"""The table of metrics before and after a run, with the tax on each and its interval."""
 
 import json
 import math
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 
 from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
+from lifecycle_hf.scaling.tables import markdown_table, terminal_table
 
 NO_DIFFERENCE = "not distinguishable from zero"
 
 
 @dataclass
 class TaxReport:
-    """Metrics before and after training, and the tax on each.
+    """Compare metrics before and after training, and give the tax on each.
 
     tax = s·(before − after), s = +1 where higher is better and −1 where lower is: a positive tax is a loss. Where both
     values are a `Measurement` of two items or more, the tax has a bootstrap interval, paired where the counts of items
@@ -45,7 +45,7 @@ class TaxReport:
                 raise ValueError(f"TaxReport: before and {where} must name the same metrics; only one has {odd}.")
 
     def rows(self) -> list[dict]:
-        """One dict per metric: metric, label, before, after, higher_is_better, tax, percent (100·tax / before; None
+        """Return dicts with metric, label, before, after, higher_is_better, tax, percent (100·tax / before; None
         where before is not positive, as a share of it says nothing), and where it has one, interval (low, high) of the
         tax with its verdict."""
         rows = []
@@ -74,42 +74,31 @@ class TaxReport:
         verdict = "loss" if low > 0 else "gain" if high < 0 else NO_DIFFERENCE
         return {"interval": [low, high], "verdict": verdict}
 
-    def _headings(self):
-        interval = [f"tax, {100 * self.level:g} % interval", "verdict"]
-        return ["before", "after", "tax", "tax / before"] + interval * any("verdict" in row for row in self.rows())
+    def _table(self, colour: bool = False) -> tuple[list[str], list[list[str]]]:
+        """Headings and cells; with `colour` the tax is green or red where it differs from zero."""
+        rows = self.rows()
+        headings = ["metric", "before", "after", "tax", "tax / before"]
+        if any("verdict" in row for row in rows):
+            headings += [f"tax, {100 * self.level:g} % interval", "verdict"]
+        table = [_cells(row)[: len(headings)] for row in rows]
+        for row, cells in zip(rows, table):
+            unknown = not _finite(row["tax"]) or row["tax"] == 0 or row.get("verdict") == NO_DIFFERENCE
+            if colour and not unknown:
+                cells[3] = f"[{'red' if row['tax'] > 0 else 'green'}]{cells[3]}[/]"
+        return headings, table
 
     def to_json(self) -> dict:
-        """{metric: {before, after, higher_is_better, tax, percent[, interval, verdict]}}, ready for `json.dump`."""
+        """Return {metric: {before, after, higher_is_better, tax, percent[, interval, verdict]}} for `json.dump`."""
         return {row["metric"]: {key: row[key] for key in row if key not in ("metric", "label")} for row in self.rows()}
 
     def to_markdown(self) -> str:
-        headings = self._headings()
-        lines = [f"| metric | {' | '.join(headings)} |", "|---" + "|---:" * len(headings) + "|"]
-        lines += [f"| {' | '.join(_cells(row)[: len(headings) + 1])} |" for row in self.rows()]
-        return "\n".join(lines)
+        """Return the table in Markdown."""
+        return markdown_table(*self._table())
 
     def to_terminal(self, title="Alignment tax", width=None) -> str:
-        """The table drawn by rich, as text to print; coloured when standard output is a terminal."""
-        import sys
-
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", caption="tax: positive is a loss")
-        table.add_column("metric")
-        headings = self._headings()
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "verdict" else "right")
-        for row in self.rows():
-            unknown = not _finite(row["tax"]) or row["tax"] == 0 or row.get("verdict") == NO_DIFFERENCE
-            style = "" if unknown else "red" if row["tax"] > 0 else "green"
-            cells = _cells(row)[: len(headings) + 1]
-            cells[3] = f"[{style}]{cells[3]}[/]" if style else cells[3]
-            table.add_row(*cells)
-        text = StringIO()
-        Console(file=text, force_terminal=sys.stdout.isatty(), width=width or 118).print(table)
-        return text.getvalue().rstrip()
+        """Return the table drawn by rich, coloured when standard output is a terminal."""
+        options = {"title": title, "caption": "tax: positive is a loss", "width": width or 118}
+        return terminal_table(*self._table(colour=True), left=("verdict",), **options)
 
 
 def _cells(row):

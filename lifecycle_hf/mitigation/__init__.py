@@ -1,4 +1,4 @@
-"""Make alignment cost less: projection, EWC, interpolation, KL control, Lagrange multipliers."""
+"""Methods that reduce the alignment tax: projection, EWC, interpolation, KL control, Lagrange multipliers."""
 
 from lifecycle_hf.mitigation.ewc import EWC
 from lifecycle_hf.mitigation.interpolation import interpolate, search_layer_ratios, sweep

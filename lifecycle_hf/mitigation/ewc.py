@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: a quadratic pull back to the weights that an earlier task depends on."""
+"""Elastic weight consolidation: a quadratic penalty on moving the weights that an earlier task depends on."""
 
 import json
 from collections.abc import Iterable
@@ -17,25 +17,25 @@ FORMAT = "lifecycle_hf.ewc"
 class EWC:
     """The penalty λ/2 · Σ_i F_i·(θ_i − θ*_i)², F the empirical Fisher of an earlier task and θ* its solution.
 
-    It is a function of the model, so that it is an auxiliary loss of every trainer of the library and of any loop:
+    It is a function of the model, for use as an auxiliary loss in the trainers of the library or in any loop:
 
         ewc = EWC.estimate(model, (nll(model, row).sum() for row in capability_rows), strength=1e3)
         trainer.add_auxiliary_loss("ewc", ewc)        # or: loss = loss + ewc(model)
 
     Args:
-        fisher: {parameter: F}, in fp32.
-        anchor: {parameter: θ*}, of the same names and shapes.
+        fisher: {name of the parameter: F}, in fp32.
+        anchor: {name of the parameter: θ*}, with the same names and shapes.
         strength: λ ≥ 0.
 
     Raises:
-        ValueError: names or shapes of the two differ, or λ is negative.
+        ValueError: names or shapes of `fisher` and `anchor` differ, or λ is negative.
 
     Reference: Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, equation 3.
     """
 
     def __init__(self, fisher: dict[str, torch.Tensor], anchor: dict[str, torch.Tensor], strength: float = 1.0):
         if not strength >= 0:
-            raise ValueError(f"strength={strength} must be at least 0: it is the λ of the EWC penalty.")
+            raise ValueError(f"EWC: strength={strength} must be at least 0.")
         _check_same(fisher, anchor, "the Fisher", "the anchor")
         self.fisher, self.anchor, self.strength = fisher, anchor, strength
 
@@ -43,30 +43,31 @@ class EWC:
     def estimate(
         cls, model: nn.Module, losses: Iterable[torch.Tensor], *, strength: float = 1.0, device=None
     ) -> "EWC":
-        """F_i = mean over examples of (∂ℓ/∂θ_i)², with the weights as they stand for anchor.
+        """Estimate F_i, the mean over examples of (∂ℓ/∂θ_i)², and take the current weights as anchor.
 
-        Every example costs one backward pass, and memory of one gradient beside F and θ*. A batch's mean has another,
-        smaller square: it must not be given. So a scalar is the loss of *one* example, best made by a forward pass of
-        that example alone; [B] are the losses of B, each of which goes back through the graph of all.
+        Each example costs one backward pass; the memory is that of F, θ* and one gradient. A scalar loss must be that
+        of *one* example, best from a forward pass of that example alone: the gradient of a batch mean has a smaller
+        square. A loss [B] holds the losses of B examples; each backward pass then goes through the whole graph.
 
-        Only what trains when this is called is protected, each tied weight once; what no loss reaches has F = 0. With
-        LoRA these are the active adapter's weights, named without the adapter, and the anchor is the value they start
-        from (where B = 0, and so F of A is 0). The model is in eval mode meanwhile. Under torch.distributed every rank
-        gives its share of the examples.
+        Only parameters that train at the time of the call are protected, each tied weight once. A parameter that no
+        loss depends on has F = 0. With LoRA the active adapter's weights are protected, under names without the
+        adapter's, and the anchor is their start (where B = 0, and so F of A is 0). The model is in eval mode during
+        the estimate. Under torch.distributed each rank gives its share of the examples.
 
         Args:
             losses: scalars or [B], with their graphs; a generator, so that one graph exists at a time. For the Fisher
-                of a language model −log p(y|x), the *sum* over an example's tokens.
+                of a language model give −log p(y|x), the *sum* over the tokens of an example.
             strength: λ.
-            device: where F and θ* are kept, "cpu" to offload them; by default beside their parameters.
+            device: where F and θ* are stored, "cpu" to offload them; by default the device of each parameter.
 
         Raises:
             ValueError: nothing trains, there is no loss, a loss is neither a scalar nor [B], or is not finite.
         """
         weights = _trained(model)
         if not weights:
-            raise ValueError("EWC.estimate: no parameter of the model requires a gradient, there is nothing to hold.")
-        fisher = [torch.zeros_like(p, dtype=torch.float32, device=device) for p in weights.values()]
+            raise ValueError("EWC.estimate: no parameter of the model trains, so there is nothing to hold.")
+        leaves = list(weights.values())
+        fisher = [torch.zeros_like(p, dtype=torch.float32, device=device) for p in leaves]
         training, count = model.training, 0
         model.eval()
         try:
@@ -79,9 +80,8 @@ class EWC:
                 parts = loss.reshape(-1).unbind()
                 for part in parts:
                     count += 1
-                    gradients = torch.autograd.grad(
-                        part, list(weights.values()), retain_graph=part is not parts[-1], allow_unused=True
-                    )
+                    keep = part is not parts[-1]
+                    gradients = torch.autograd.grad(part, leaves, retain_graph=keep, allow_unused=True)
                     for total, gradient in zip(fisher, gradients, strict=True):
                         if gradient is not None:
                             total.add_(gradient.to(total.device).float().square_())
@@ -94,21 +94,20 @@ class EWC:
         return cls({name: total.div_(count) for name, total in zip(weights, fisher)}, anchor, strength)
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        """The penalty, a scalar in fp32; its gradient is λ·F·(θ − θ*), worked out in fp32 whatever the weights are.
+        """Return the penalty, a scalar in fp32. Its gradient is λ·F·(θ − θ*), computed in fp32.
 
-        It keeps nothing of the size of the weights for the backward pass.
+        No buffer of the size of the weights is stored for the backward pass.
 
         Raises:
-            ValueError: a parameter of F is missing in the model or has another shape there, naming it.
+            ValueError: a parameter of F is missing in the model or has another shape there; names it.
         """
         weights = {name: p for name, p in _named(model).items() if name in self.fisher}
         _check_same(self.fisher, weights, "the Fisher", "the model")
-        names = list(self.fisher)
-        constants = [(self.fisher[name], self.anchor[name]) for name in names]
-        return _Quadratic.apply(self.strength, constants, *(weights[name] for name in names))
+        constants = [(fisher, self.anchor[name]) for name, fisher in self.fisher.items()]
+        return _Quadratic.apply(self.strength, constants, *(weights[name] for name in self.fisher))
 
     def save(self, path: str | Path) -> None:
-        """Writes F, θ* and λ to the safetensors file `path`, whole or not at all."""
+        """Write F, θ* and λ to the safetensors file `path`. An interrupted call leaves no partial file there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = {"fisher": self.fisher, "anchor": self.anchor}
@@ -119,23 +118,25 @@ class EWC:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None, *, device="cpu") -> "EWC":
-        """Reads what [`save`] wrote.
+        """Read a file that [`save`] wrote.
 
         Args:
-            model: where it is given, exactly what trains in it has to be in the file.
-            device: where F and θ* are kept.
+            model: where given, the file must hold exactly the parameters that train in it.
+            device: where F and θ* are stored.
 
         Raises:
-            ValueError: the file is none of EWC's or is damaged, or does not fit the model; a name is given.
+            ValueError: the file is damaged or not one of EWC's, or does not fit the model; names the parameter.
         """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} can't be read as safetensors: {error}. Write it anew with EWC.save.") from error
+            raise ValueError(f"{path} can't be read as safetensors: {error}. Write it again with EWC.save.") from error
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} was not written by EWC.save: its metadata are {metadata}.")
+            raise ValueError(
+                f"{path} was not written by EWC.save: its metadata is {metadata}. Give a file of EWC.save."
+            )
         fisher, anchor = (
             {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
             for part in ("fisher.", "anchor.")
@@ -147,7 +148,7 @@ class EWC:
 
 
 class _Quadratic(torch.autograd.Function):
-    """λ/2 · Σ F·(θ − θ*)² over tensors, whose backward pass makes the differences anew."""
+    """λ/2 · Σ F·(θ − θ*)² over tensors. The backward pass computes the differences again, to save memory."""
 
     @staticmethod
     def forward(ctx, strength, constants, *weights):
@@ -170,8 +171,10 @@ class _Quadratic(torch.autograd.Function):
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name; of a PeftModel without the adapters that are not active, and without the active one's name,
-    which differs between trainers."""
+    """Return the parameters by name; of a PeftModel those of the base and the active adapter.
+
+    The names leave out that of the adapter, which differs between trainers.
+    """
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     active = [] if prefix is None else model.active_adapters
     if len(active) != 1:
@@ -201,6 +204,6 @@ def _check_same(one: dict, other: dict, here: str, there: str) -> None:
         shapes = [tuple(side[name].shape) if name in side else "missing" for side in (one, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"EWC: {name} is {shapes[0]} in {here} and {shapes[1]} in {there}. Estimate and use EWC with the same "
-                "parameters trained, and adapters of the same rank."
+                f"EWC: {name} is {shapes[0]} in {here} and {shapes[1]} in {there}. Train the same parameters when you "
+                "estimate EWC and when you use it, and use adapters of the same rank."
             )

@@ -1,4 +1,4 @@
-"""KL control: objects a trainer asks for the KL coefficient β, and tells what KL came of it."""
+"""KL control: objects that hold the KL coefficient β of a trainer and update it from the measured KL."""
 
 import math
 
@@ -6,7 +6,7 @@ from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 
 
 class FixedKL:
-    """Keeps β constant.
+    """Keep β constant.
 
     Args:
         kl_coef: β ≥ 0.
@@ -18,7 +18,7 @@ class FixedKL:
         self.kl_coef = kl_coef
 
     def update(self, kl: float, n: int) -> None:
-        """Takes the KL of an update (mean over sequences of the sum over tokens, nats) and its `n` sequences."""
+        """Adapt β to the KL of an update (nats, sum over tokens, mean over sequences) that had `n` sequences."""
 
     def state_dict(self) -> dict[str, float]:
         return {"kl_coef": self.kl_coef}
@@ -28,13 +28,13 @@ class FixedKL:
 
 
 class AdaptiveKL(FixedKL):
-    """Steers the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)).
+    """Steer the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)).
 
-    An update of more sequences than the horizon counts as one of `horizon`, so that β stays above 0.
+    An update of more than `horizon` sequences counts as one of `horizon` sequences, so that β stays above 0.
 
     Args:
         kl_coef: β at the start, above 0 (0 would stay 0).
-        target: KL to hold, sequence sum, nats.
+        target: target of the KL, sum over tokens, nats.
         horizon: sequences over which β may change by about 20 %.
 
     Reference: https://arxiv.org/abs/1909.08593, section 2.2.
@@ -53,10 +53,10 @@ class AdaptiveKL(FixedKL):
 
 
 class ExponentialKL(FixedKL):
-    """Raises β with the KL itself: β = clamp(β₀·exp(λ·KL), minimum, maximum).
+    """Raise β with the KL: β = clamp(β₀·exp(λ·KL), minimum, maximum).
 
     Args:
-        kl_coef: β₀ above 0.
+        kl_coef: β₀, within the bounds.
         rate: λ per nat.
         minimum, maximum: bounds of β.
     """
@@ -68,23 +68,22 @@ class ExponentialKL(FixedKL):
         self.initial, self.rate, self.minimum, self.maximum = kl_coef, rate, minimum, maximum
 
     def update(self, kl: float, n: int) -> None:
-        # Past this exponent the clamp decides and exp would overflow.
-        exponent = min(self.rate * kl, 700.0)
-        self.kl_coef = min(max(self.initial * math.exp(exponent), self.minimum), self.maximum)
+        growth = math.exp(min(self.rate * kl, 700.0))  # a larger exponent would overflow
+        self.kl_coef = min(max(self.initial * growth, self.minimum), self.maximum)
 
 
 class KLBudget(FixedKL):
-    """Lets a policy spend at most `budget` nats: β = kl_coef + λ, λ ← max(0, λ + rate·(KL − budget)), β ≤ maximum.
+    """Hold the KL at or below `budget`: β = kl_coef + λ, λ ← max(0, λ + rate·(KL − budget)), β ≤ maximum.
 
-    λ is the multiplier of the constraint KL ≤ budget, so that β stays at its floor while the policy spends less. Dual
-    ascent alone holds a constraint in the long run only. The hard part is the trainer's: an update after which
-    [`rejects`] is true is taken back.
+    λ is the multiplier of the constraint KL ≤ budget. β stays at its minimum kl_coef while the KL is lower. Dual
+    ascent alone holds the constraint only in the long run. For the hard bound the trainer undoes each update after
+    which [`rejects`] is true.
 
     Args:
-        kl_coef: floor of β.
-        budget: most KL of the policy, sequence sum, nats.
+        kl_coef: minimum of β.
+        budget: largest KL of the policy, sum over tokens, nats.
         rate: step of the dual ascent, β per nat.
-        maximum: most that β becomes.
+        maximum: largest β.
     """
 
     def __init__(self, kl_coef: float, *, budget: float, rate: float = 0.1, maximum: float = 1.0):
@@ -92,12 +91,12 @@ class KLBudget(FixedKL):
         if not budget > 0:
             raise ValueError(f"budget={budget} nats must be above 0.")
         if not maximum > kl_coef:
-            raise ValueError(f"{maximum=} must lie above kl_coef={kl_coef}, or β could not rise.")
+            raise ValueError(f"{maximum=} must lie above kl_coef={kl_coef}, so that β can rise.")
         self.floor, self.budget = kl_coef, budget
         self.multiplier = LagrangeMultiplier(budget, rate=rate, maximum=maximum - kl_coef)
 
     def rejects(self, kl: float) -> bool:
-        """Whether a policy of this measured KL has spent more than the budget; one that is not finite has."""
+        """Return whether a measured KL lies above the budget or is NaN."""
         return not kl <= self.budget
 
     def update(self, kl: float, n: int) -> None:

@@ -1,29 +1,29 @@
-"""Capability against alignment, constrained either way: a Lagrange multiplier that a trainer weighs a loss by."""
+"""Constrained trade-off of capability and alignment: a Lagrange multiplier that weights a loss of a trainer."""
 
 import math
 
 
 class LagrangeMultiplier:
-    """λ ≥ 0 of one inequality constraint on a measured value c, by dual ascent after every measurement.
+    """The multiplier λ ≥ 0 of one inequality constraint on a measured value c, updated by dual ascent.
 
-    min f subject to c ≤ limit ("at_most") is the saddle point min over the weights, max over λ ≥ 0, of
-    f + λ·(c − limit); the weights descend on it, and λ ← clip(λ + rate·(c − limit), 0, maximum). c ≥ limit
-    ("at_least") is −c ≤ −limit. On a convex problem both converge to the point and the λ of the KKT conditions: λ is 0
-    where the constraint is slack, else the price in f of one unit of c.
+    The minimum of f subject to c ≤ limit ("at_most") is the saddle point of f + λ·(c − limit): the minimum over the
+    weights and the maximum over λ ≥ 0. The weights descend on it, and λ ← clip(λ + rate·(c − limit), 0, maximum) after
+    every measurement. c ≥ limit ("at_least") is −c ≤ −limit. On a convex problem the weights and λ converge to those
+    of the KKT conditions: λ is 0 where the constraint is slack, else the fall of f per unit of a looser limit.
 
     Args:
-        limit: the ceiling or floor, in the unit of c.
+        limit: the largest or smallest c that is allowed, in the unit of c.
         sense: "at_most" or "at_least".
         rate: step of the ascent, above 0, in units of f per unit of c squared.
-        maximum: cap of λ, above 0; a λ that stays there says that the constraint can't be met.
+        maximum: largest λ, above 0. A λ that stays there shows that the constraint can't be met.
         initial: λ at the start.
 
     Attributes:
         value: λ.
-        violation: c − limit ("at_least": limit − c) of the last measurement, positive where it was broken.
+        violation: c − limit ("at_least": limit − c) of the last measurement; positive if violated.
 
     Raises:
-        ValueError: an option that can't be meant, by name.
+        ValueError: an option is unknown or out of range.
 
     Reference: Boyd & Vandenberghe, Convex Optimization, §5.5.3; with policies https://arxiv.org/abs/1805.11074, Eq. 6.
     """
@@ -42,11 +42,11 @@ class LagrangeMultiplier:
 
     @property
     def weight(self) -> float:
-        """What c is weighed by in a loss to minimise: λ, or −λ where c must be at least the limit."""
+        """Coefficient of c in a loss to minimise: λ, or −λ where c must be at least the limit."""
         return self.sign * self.value
 
     def update(self, value: float) -> None:
-        """Takes a measurement of c; one that is not finite changes nothing."""
+        """Update λ from a measurement of c; one that is not finite changes nothing."""
         if math.isfinite(value):
             self.violation = self.sign * (value - self.limit)
             self.value = min(max(self.value + self.rate * self.violation, 0.0), self.maximum)

@@ -1,4 +1,4 @@
-"""Scalar heads: values per position, one reward per sequence."""
+"""Scalar heads: one value per position, or one reward per sequence."""
 
 import torch
 from peft import PeftModel
@@ -9,9 +9,9 @@ from lifecycle_hf.data.collators import length_mask
 
 
 class ScalarHead(nn.Module):
-    """v = w·h + b, with w = 0 and b = 0 at the start; hidden states [..., H] -> values [...] in fp32.
+    """Compute v = w·h + b, with w = 0 and b = 0 at the start; hidden states [..., H] -> values [...] in fp32.
 
-    The product is taken in fp32 whatever the dtype of the parameters, autocast included.
+    The product is computed in fp32 for every dtype of the parameters, also under autocast.
     """
 
     def __init__(self, hidden_size: int, bias: bool = True, dtype: torch.dtype | None = None):
@@ -31,10 +31,10 @@ class ScalarHead(nn.Module):
 
 
 class NormalisedHead(ScalarHead):
-    """v = w·tanh(U·LayerNorm(h) + c) + b: a head of one hidden layer for the states of a frozen model.
+    """Compute v = w·tanh(U·LayerNorm(h) + c) + b: a head with one hidden layer for the states of a frozen model.
 
-    Without the norm its gradient has the size of the states, which is in the tens; without the hidden layer it
-    explains a third of the returns where an adapter explains nine tenths (docs/ppo.md).
+    Without the norm its gradient is as large as the states, which are in the tens. Without the hidden layer it
+    explains one third of the variance of the returns, while an adapter explains nine tenths (docs/ppo.md).
     """
 
     def __init__(self, hidden_size: int):
@@ -52,17 +52,18 @@ class NormalisedHead(ScalarHead):
 
 
 def last_token_hidden(hidden: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
-    """Hidden state of the last real token of each right-padded row: [B, L, H], lengths [B] -> [B, H]."""
+    """Return the hidden state of the last token before the padding of each row: [B, L, H], lengths [B] -> [B, H]."""
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths.to(hidden.device) - 1]
 
 
 class RewardModel(nn.Module):
-    """A sequence-classification model (num_labels=1) as a reward: r = score(h_last) − config.reward_center.
+    """Use a sequence-classification model (num_labels=1) as a reward: r = score(h_last) − config.reward_center.
 
-    It pools by lengths, so that it doesn't matter which token pads. `model` may be a PeftModel.
+    The last token is found by the lengths, so every pad token works. `model` may be a PeftModel.
 
     Raises:
-        ValueError: the model has not one label, or no linear head named ``score``.
+        ValueError: the model has more than one label, or no linear head named ``score``, or is a prompt-learning
+            adapter.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
@@ -70,8 +71,8 @@ class RewardModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         head = self._base().score
-        if not any(hasattr(p, "ds_id") for p in head.parameters()):  # sharded ones have one dtype
-            head.float()  # a score rounded to bf16 has two digits
+        if not any(hasattr(p, "ds_id") for p in head.parameters()):  # all sharded parameters need the same dtype
+            head.float()  # a score in bf16 has only two exact digits
 
     @property
     def config(self):
@@ -84,20 +85,18 @@ class RewardModel(nn.Module):
     def _base(self) -> PreTrainedModel:
         is_peft = isinstance(self.model, PeftModel)
         if is_peft and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                "a reward model can't be a prompt-learning adapter (prefix, prompt or p-tuning): use LoRA."
-            )
+            raise ValueError("A reward model can't be a prompt-learning adapter (prefix, prompt, p-tuning): use LoRA.")
         base = self.model.get_base_model() if is_peft else self.model
         name = type(base).__name__
         if getattr(base.config, "num_labels", None) != 1:
             raise ValueError(
-                f"{name} has num_labels={base.config.num_labels}; a reward model has one score: load it by "
+                f"{name} has num_labels={base.config.num_labels}, but a reward model has one score: load it by "
                 "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
             )
         if not hasattr(base, "score"):
             raise ValueError(
-                f"{name} has no linear head named 'score', so it can't be read as a reward model: use a decoder's "
-                "AutoModelForSequenceClassification, or pass your model as a callable reward function."
+                f"{name} has no linear head named 'score', which a reward model needs: use the "
+                "AutoModelForSequenceClassification of a decoder, or pass your model as a callable reward function."
             )
         return base
 
@@ -107,18 +106,18 @@ class RewardModel(nn.Module):
         return getattr(base, base.base_model_prefix)
 
     def read(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Centred scores [B] in fp32 from the hidden states [B, H] of the last tokens."""
+        """Return centred scores [B] in fp32 from the hidden states [B, H] of the last tokens."""
         base = self._base()
         with torch.autocast(hidden.device.type, enabled=False):
             raw = base.score(hidden.to(next(base.score.parameters()).dtype)).squeeze(-1)
         return raw.float() - getattr(base.config, "reward_center", 0.0)
 
     def forward(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
-        """Centred scores [B] in fp32 of right-padded `input_ids` [B, L] whose rows have `lengths` [B] real tokens."""
+        """Return centred scores [B] in fp32 of right-padded rows `input_ids` [B, L] with `lengths` [B] real tokens."""
         mask = length_mask(lengths.to(input_ids.device), input_ids.shape[1])
         output = self.backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
         return self.read(last_token_hidden(output.last_hidden_state, lengths))
 
     def score(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
-        """The same as calling the model: centred scores [B]."""
+        """Return centred scores [B], like a call of the model."""
         return self(input_ids, lengths)

@@ -1,4 +1,4 @@
-"""The LM head, read for log-probs: whole logits never exist, a chunk of them at a time does."""
+"""Compute log-probs from the LM head chunk by chunk, so that the logits of all tokens never exist at once."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lifecycle_hf.models.loading import is_sharded
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-"""Entries of the logits that exist at a time."""
+"""Number of logits that exist at one time, by device type."""
 
 
 def token_logprobs(
@@ -20,14 +20,15 @@ def token_logprobs(
     entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of `tokens` under softmax(logits / temperature) and, on request, the entropies, in fp32 and nats.
+    """Return log-probs of `tokens` under softmax(logits / temperature) and, on request, entropies, in fp32 and nats.
 
-    Naively: `log_softmax(logits.float() / temperature, -1).gather(-1, tokens[..., None])[..., 0]`.
+    The log-probs are `log_softmax(logits.float() / temperature, -1).gather(-1, tokens[..., None])[..., 0]`.
 
     Args:
         logits: [..., V].
         tokens: [...], int64.
-        entropy_gradient: whether the entropies have a gradient, which a metric does not need.
+        entropy: whether to compute the entropies.
+        entropy_gradient: whether the entropies have a gradient; a metric does not need one.
 
     Returns:
         (log-probs [...], entropies [...] or None).
@@ -39,7 +40,7 @@ def token_logprobs(
     if not entropy:
         return logprobs, None
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        table = logits - log_normaliser[..., None]  # first, lest rounding be multiplied by the size of the logits
+        table = logits - log_normaliser[..., None]  # subtract first: large logits would magnify rounding
         return logprobs, -(table.exp() * table).sum(-1)
 
 
@@ -52,10 +53,10 @@ def head_logprobs(
     entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`token_logprobs` of the logits of last hidden states, by chunks whose logits the backward pass makes anew.
+    """Return [`token_logprobs`] of the last hidden states, by chunks; the backward pass computes the logits again.
 
     Args:
-        base: causal LM whose head is read; None where `states` are logits already.
+        base: causal LM with the head to use; None if `states` are logits already.
         states: [M, H].
         tokens: [M].
 
@@ -75,14 +76,14 @@ def head_logprobs(
 
 
 def _scaling(base: nn.Module) -> tuple[float, float | None]:
-    """By how much the config multiplies the head's product, and the cap it then puts on it."""
+    """Return the factor of the logits in the config, and the soft cap that is applied after it (or None)."""
     config = base.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hidden states to logits: the model's output embeddings, then the scaling that its config names."""
+    """Return the function from hidden states to logits: the output embeddings, then the scaling of the config."""
     head, (scale, cap) = base.get_output_embeddings(), _scaling(base)
 
     def read(hidden):
@@ -94,17 +95,17 @@ def read_head(base: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Whether the head is one product and nothing else."""
+    """Return whether the head is one matrix product without bias, scale or cap."""
     head = base.get_output_embeddings()
     return type(head) is nn.Linear and head.bias is None and _scaling(base) == (1, None)
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """`token_logprobs(states @ weight.T, tokens)` by chunks of rows whose logits the backward pass makes anew.
+    """Compute `token_logprobs(states @ weight.T, tokens)` by chunks; the backward pass computes the logits again.
 
-    The same as [`_chunked`] with a plain head, with each chunk worked on in place and the weight's gradient summed in
-    one buffer; the last chunk is kept for the backward pass, where one has to exist anyway. The entropies have no
-    gradient.
+    The result is that of [`_chunked`] with a plain head. Each chunk is changed in place, and the weight's gradient is
+    summed in one buffer. The last chunk is kept for the backward pass, which needs the memory of one chunk anyway.
+    The entropies have no gradient.
     """
 
     @staticmethod
@@ -129,7 +130,7 @@ class LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def logits(ctx, states, weight):
-        """[rows, V] in fp32 (fp64 of fp64 states), at the temperature."""
+        """Return logits [rows, V] divided by the temperature, in fp32 (fp64 for fp64 states)."""
         with torch.autocast(states.device.type, enabled=False):
             logits = states.to(ctx.dtype) @ weight.T
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -139,9 +140,8 @@ class LinearLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         states, weight, tokens, normalisers, last = ctx.saved_tensors
-        cast, (for_states, for_weight) = weight.to(ctx.dtype), (None, None)
-        if ctx.needs_input_grad[0]:
-            for_states = torch.empty_like(states)
+        cast, for_weight = weight.to(ctx.dtype), None
+        for_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             for_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         upstream = gradient[:, None] / ctx.temperature
@@ -163,13 +163,13 @@ class LinearLogProbs(torch.autograd.Function):
 
 
 def _chunked(read, size: int, states: torch.Tensor, tokens: torch.Tensor, sharded: bool, **options):
-    """`token_logprobs` of read(states) [M, V], of which `size` rows at a time exist, in the backward pass too."""
+    """Return [`token_logprobs`] of read(states) [M, V], `size` rows at a time, also in the backward pass."""
 
     def score(states, tokens):
         return token_logprobs(read(states), tokens, **options)
 
     chunks = torch.tensor(-(-len(states) // size), device=states.device)
-    if sharded:  # each call of the head gathers its weight from all ranks, so all must make as many
+    if sharded:  # each call gathers the weight from all ranks, so all need the same number of calls
         torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
     parts = []
     for part in zip(states.tensor_split(int(chunks)), tokens.tensor_split(int(chunks)), strict=True):

@@ -1,15 +1,16 @@
-"""Name or path -> model and tokenizer, with adapters and quantisation, one way for all trainers."""
+"""Load models and tokenizers by name or path, with adapters and quantisation, in the same way for all trainers."""
 
 import copy
 import json
 import re
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
@@ -30,7 +31,9 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from lifecycle_hf.models.heads import RewardModel
 
 ADAPTER_NOTES = "lifecycle_adapter.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+_KINDS = {"CAUSAL_LM": "language model", "SEQ_CLS": "reward model"}
 _PAD_NAME = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 _OTHER_MODALITY = re.compile(r"image|vision|video|audio", re.IGNORECASE)
@@ -39,7 +42,10 @@ _OTHER_MODALITY = re.compile(r"image|vision|video|audio", re.IGNORECASE)
 def load_tokenizer(
     name_or_tokenizer: str | PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; of an adapter without one, its base model's. A tokenizer is returned as it is."""
+    """Load the tokenizer of a checkpoint; an adapter without a tokenizer has that of its base model.
+
+    A tokenizer object is returned unchanged.
+    """
     if not isinstance(name_or_tokenizer, str):
         return name_or_tokenizer
     try:
@@ -52,7 +58,7 @@ def load_tokenizer(
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a path or Hub name is a PEFT adapter."""
+    """Return whether a path or Hub name is a PEFT adapter."""
     return find_adapter_config_file(name) is not None
 
 
@@ -63,18 +69,23 @@ def load_causal_lm(
     init_kwargs: dict | None = None,
     is_trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model, fp32 unless `init_kwargs` names a dtype; an adapter comes as PeftModel over its base.
+    """Load a causal language model, in fp32 unless `init_kwargs` names a dtype.
+
+    An adapter is returned as a PeftModel over its base. A model object is returned as it is.
 
     Raises:
-        ValueError: the checkpoint lacks weights, or is an adapter that does not fit its base.
+        ValueError: the checkpoint lacks weights, or it is an adapter that does not fit its base.
     """
     if not isinstance(model, str):
         return prepare_quantized(model)
-    return _load("CAUSAL_LM", model, quantization_config, init_kwargs or {}, is_trainable)
+    return _load("CAUSAL_LM", model, quantization_config, init_kwargs, is_trainable)
 
 
 def load_pretraining_model(model: str | PreTrainedModel, *, masked: bool, args) -> PreTrainedModel:
-    """A model to pretrain; of a name a masked LM, or an encoder-decoder or causal LM as its config says."""
+    """Load a model to pretrain: a masked LM, or else the encoder-decoder or causal LM that its config describes.
+
+    A model object is returned unchanged.
+    """
     if not isinstance(model, str):
         return model
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -90,10 +101,10 @@ def load_reward_model(
     quantization_config: BitsAndBytesConfig | None = None,
     init_kwargs: dict | None = None,
 ) -> RewardModel:
-    """A frozen reward model in eval mode: a checkpoint or adapter of RewardTrainer, or any num_labels=1 classifier.
+    """Load a frozen reward model in eval mode: a checkpoint or adapter of RewardTrainer, or a num_labels=1 classifier.
 
     Raises:
-        ValueError: the checkpoint has no trained reward head, or an instance comes without a tokenizer and names none.
+        ValueError: the checkpoint has no trained reward head, or a model object has neither a tokenizer nor a name.
     """
     if isinstance(model, RewardModel):
         return model
@@ -101,69 +112,63 @@ def load_reward_model(
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise ValueError(
-                "the reward model came as an object without a name, so its tokenizer can't be found: pass the "
-                "tokenizer (reward_processing_classes in PPOTrainer)."
+                "The reward model is an object without a name, so its tokenizer can't be found: pass the tokenizer "
+                "(reward_processing_classes in PPOTrainer)."
             )
         tokenizer = load_tokenizer(name, trust_remote_code=(init_kwargs or {}).get("trust_remote_code", False))
     if isinstance(model, str):
-        model = _load("SEQ_CLS", model, quantization_config, init_kwargs or {}, is_trainable=False)
-    reward_model = RewardModel(prepare_quantized(model), tokenizer).eval()
-    return reward_model.requires_grad_(False)
+        model = _load("SEQ_CLS", model, quantization_config, init_kwargs, is_trainable=False)
+    return RewardModel(prepare_quantized(model), tokenizer).eval().requires_grad_(False)
 
 
 def load_classifier(
     model: str, *, quantization_config: BitsAndBytesConfig | None = None, init_kwargs: dict | None = None
 ) -> PreTrainedModel | PeftModel:
-    """A num_labels=1 sequence classifier to be trained; its ``score`` head is fresh if the checkpoint has none."""
-    return _load("SEQ_CLS", model, quantization_config, init_kwargs or {}, is_trainable=True)
+    """Load a num_labels=1 sequence classifier to train; its ``score`` head is new if the checkpoint has none."""
+    return _load("SEQ_CLS", model, quantization_config, init_kwargs, is_trainable=True)
 
 
-def _load(task: str, name: str, quantization_config, init_kwargs: dict, is_trainable: bool):
+def _load(task: str, name: str, quantization_config, init_kwargs: dict | None, is_trainable: bool):
     if not is_adapter(name):
-        fresh_head = task == "SEQ_CLS" and is_trainable
-        return _load_plain(task, name, quantization_config, init_kwargs, fresh_head)
+        return _load_plain(task, name, quantization_config, init_kwargs, task == "SEQ_CLS" and is_trainable)
     config = PeftConfig.from_pretrained(name)
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"the adapter {name} does not name its base model: set base_model_name_or_path in its config."
+            f"The adapter {name} does not name its base model: set base_model_name_or_path in its config."
         )
-    trained_as = getattr(config.task_type, "value", config.task_type)
-    if trained_as in _AUTO and trained_as != task:
-        wanted = {"CAUSAL_LM": "language model", "SEQ_CLS": "reward model"}
+    if _KINDS.get(config.task_type, _KINDS[task]) != _KINDS[task]:
         raise ValueError(
-            f"{name} is an adapter of a {wanted[trained_as]}, but a {wanted[task]} is needed here. Merge it into its "
+            f"{name} is an adapter of a {_KINDS[config.task_type]}, but a {_KINDS[task]} is needed. Merge it into its "
             "base first (the recipes' --merge writes it to OUTPUT_DIR/merged) and start from the merged model."
         )
-    base = _load_plain(task, config.base_model_name_or_path, quantization_config, init_kwargs, fresh_head=True)
+    base = _load_plain(task, config.base_model_name_or_path, quantization_config, init_kwargs)
     return load_adapter(base, name, is_trainable=is_trainable)
 
 
-def _load_plain(task: str, name: str, quantization_config, init_kwargs: dict, fresh_head: bool) -> PreTrainedModel:
-    kwargs = {"dtype": torch.float32, **init_kwargs}
+def _load_plain(task: str, name: str, quantization_config, init_kwargs: dict | None = None, fresh_head: bool = True):
+    """Load a model that is not an adapter; `fresh_head` says whether the checkpoint may lack the score head."""
+    kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
             kwargs.setdefault("device_map", {"": PartialState().local_process_index})
     if task == "SEQ_CLS":
         kwargs["num_labels"] = 1
-    # Only where a fresh head is meant: the context also takes the head off the list of missing weights.
+    # The context also removes the head from the list of missing weights, so it is used for a fresh head only.
     with suppress_seqcls_warning() if fresh_head else nullcontext():
         model, info = _AUTO[task].from_pretrained(name, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         hint = " It has no trained reward head: train one with RewardTrainer." if task == "SEQ_CLS" else ""
-        raise ValueError(
-            f"the checkpoint {name} lacks weights of {type(model).__name__}: {missing[:5]}"
-            f"{' ...' if len(missing) > 5 else ''}.{hint}"
-        )
+        some = f"{missing[:5]}{' ...' if len(missing) > 5 else ''}"
+        raise ValueError(f"The checkpoint {name} lacks weights of {type(model).__name__}: {some}.{hint}")
     return prepare_quantized(model)
 
 
 def prepare_quantized(model):
-    """Make 4-bit layers train right on CPUs with AVX512-BF16; does nothing to other models.
+    """Make 4-bit layers train correctly on CPUs with AVX512-BF16, and return the model; other models do not change.
 
-    There the first forward without gradients packs `Linear4bit` weights for a kernel that autograd does not know, and
-    later gradients are off by 29 %.
+    On such CPUs the first forward pass without gradients packs `Linear4bit` weights for a kernel that autograd does
+    not support, and later gradients are wrong by 29 %.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -172,15 +177,15 @@ def prepare_quantized(model):
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 has sharded the parameters, so that each process holds pieces of them."""
+    """Return whether DeepSpeed ZeRO-3 has sharded the parameters, so that each process holds a part of each."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def whole(parameter: torch.Tensor, writing: bool = False):
-    """A context in which a parameter that ZeRO-3 has sharded is there as a whole; every process enters it.
+    """Return a context that gathers a parameter which ZeRO-3 has sharded; every process must enter it.
 
     Args:
-        writing: whether what the main process writes into it is kept, for all.
+        writing: whether to copy what the main process writes into the parameter to all processes.
     """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
@@ -191,12 +196,12 @@ def whole(parameter: torch.Tensor, writing: bool = False):
 
 @contextmanager
 def unsharded(model: torch.nn.Module):
-    """A context in which a model is whole that FSDP2 has sharded, so that its parts may be called by themselves.
+    """Gather a model that FSDP2 has sharded for the time of the context, so that its submodules can be called alone.
 
-    The layers then stay whole from one call to the next, as decoding needs, whose steps differ between processes.
+    The layers stay gathered between calls. Decoding needs this, because its number of steps differs between processes.
 
     Args:
-        model: a module that can be called without arguments, which is what makes FSDP2 take it for the root.
+        model: a module that can be called without arguments; this call makes FSDP2 treat it as the root.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units or getattr(model, "is_whole", False):
@@ -218,14 +223,14 @@ def unsharded(model: torch.nn.Module):
 
 
 def _reshards_after_forward(unit: FSDPModule) -> bool:
-    """What `set_reshard_after_forward` was told, which differs between units: torch has no public way to ask."""
+    """Return what `set_reshard_after_forward` was set to in a unit; torch has no public way to read it."""
     state = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Switch dropout off for good: in dropout layers, and where another layer keeps its rate as a number."""
+    """Switch dropout off permanently: in dropout layers, and in layers that store the rate as a float attribute."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -235,16 +240,14 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel | None = None) -> set[int]:
-    """Every token id that ends a text: the tokenizer's EOS and those of the model's config and generation config."""
+    """Return all token ids that end a text: EOS of the tokenizer, the model's config and its generation config."""
     ends = [tokenizer.eos_token_id]
     if model is not None:
         ends.append(model.config.get_text_config().eos_token_id)
         generation = getattr(model, "generation_config", None)
         if generation is None and model.config._name_or_path:
-            try:
+            with suppress(OSError):
                 generation = GenerationConfig.from_pretrained(model.config._name_or_path)
-            except OSError:
-                generation = None
         ends.append(getattr(generation, "eos_token_id", None))
     return {token for end in ends for token in (end if isinstance(end, list | tuple) else [end]) if token is not None}
 
@@ -253,25 +256,26 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel |
     """Check that the pad token, if one is set, has a row in the model's embeddings.
 
     Raises:
-        ValueError: it lies outside the vocabulary or the embeddings.
+        ValueError: the pad token is outside the vocabulary or the embeddings.
     """
     rows = None if model is None else model.get_input_embeddings().num_embeddings
     pad = tokenizer.pad_token_id
     if tokenizer.pad_token is not None and (pad is None or (rows is not None and pad >= rows)):
         raise ValueError(
-            f"the pad token {tokenizer.pad_token!r} (id {pad}) is outside the vocabulary of {rows} tokens. Call "
-            "model.resize_token_embeddings(len(tokenizer)), or set tokenizer.pad_token to a token that is in it."
+            f"The pad token {tokenizer.pad_token!r} (id {pad}) is outside the vocabulary of {rows} tokens. Call "
+            "model.resize_token_embeddings(len(tokenizer)), or set tokenizer.pad_token to a token of the vocabulary."
         )
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel | None = None) -> int:
-    """Give the tokenizer a pad token that ends no text, tell `model` about it and return its id.
+    """Give the tokenizer a pad token that does not end texts, set it in the configs of `model`, and return its id.
 
-    It keeps a good pad token; else takes a special token made for padding or kept in reserve, else the unknown token,
-    else adds "<|pad|>" (and a row to the model's embeddings if they have none to spare).
+    The first that exists is used: the present pad token if it does not end texts, a special token for padding, a
+    reserved special token, the unknown token. If there is none, "<|pad|>" is added, with a new row in the model's
+    embeddings if they have no unused row.
 
     Raises:
-        ValueError: as `check_pad_token`.
+        ValueError: see [`check_pad_token`].
     """
     check_pad_token(tokenizer, model)
     rows = None if model is None else model.get_input_embeddings().num_embeddings
@@ -293,6 +297,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
 
 
 def _pad_candidates(tokenizer, ends: set[int], rows: int | None) -> list[str]:
+    """Return the tokens of the tokenizer that can serve as pad token, the best one first."""
     special = {token.content: id_ for id_, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
     named = [token for token in special if _PAD_NAME.search(token) and not _OTHER_MODALITY.search(token)]
     spare = [token for token in special if _SPARE_NAME.search(token)]
@@ -303,28 +308,46 @@ def _pad_candidates(tokenizer, ends: set[int], rows: int | None) -> list[str]:
 
 
 def check_adapter_base(adapter: str, base_name: str) -> None:
-    """Check that an adapter was trained on the base model that is to carry it.
+    """Check that an adapter names the given base model as its own.
 
     Raises:
-        ValueError: it names another base; the message gives both names.
+        ValueError: the adapter names another base model; the message contains both names.
     """
-    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-
-    def resolved(name):
-        return str(Path(name).resolve()) if Path(name).is_dir() else name.rstrip("/")
-
-    if trained_on and resolved(trained_on) != resolved(base_name):
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path or base_name
+    names = (trained_on, base_name)
+    if len({str(Path(name).resolve()) if Path(name).is_dir() else name.rstrip("/") for name in names}) > 1:
         raise ValueError(
-            f"the checkpoint {adapter} belongs to the base model {trained_on}, not to {base_name}. Load it over "
+            f"The checkpoint {adapter} belongs to the base model {trained_on}, not to {base_name}. Load it over "
             f"{trained_on}, or, if they are the same model, correct base_model_name_or_path in {adapter}."
         )
 
 
-def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False) -> PeftModel:
-    """`base` with the adapter saved at `path`, notes of `save_adapter_notes` applied.
+def check_adapter_weights(own: dict, theirs: dict, source: str | Path, base_name: str | None) -> None:
+    """Check that the tensors of an adapter checkpoint have the names and shapes of the model's adapter.
+
+    Args:
+        own, theirs: weights of the model's adapter and of the checkpoint, as `get_peft_model_state_dict` names them.
+        source: the checkpoint's name in the message.
+        base_name: the name of the model's base.
 
     Raises:
-        ValueError: tensors of the checkpoint don't fit the base (names or shapes); both are named.
+        ValueError: a tensor is missing, unknown or of another shape; the message names the first one.
+    """
+    here, there = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, theirs))
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            pair = f"{there.get(key, 'missing')} in the checkpoint and {here.get(key, 'missing')} in the model"
+            raise ValueError(
+                f"The adapter checkpoint {source} does not fit this model: {key} is {pair}. Use the base model (here "
+                f"{base_name}) and the adapter configuration of the checkpoint."
+            )
+
+
+def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False) -> PeftModel:
+    """Load the adapter at `path` onto `base`, and apply the notes of [`save_adapter_notes`].
+
+    Raises:
+        ValueError: a tensor of the checkpoint does not fit the base (by name or shape); the message names both.
     """
     notes = read_adapter_notes(path)
     base_name = base.config._name_or_path or type(base).__name__
@@ -333,39 +356,23 @@ def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False
     try:
         model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
     except RuntimeError as error:
-        raise ValueError(_wrong_base(path, base_name, str(error).splitlines()[-1].strip())) from error
-    _check_tensor_names(model, path, base_name)
-    for key in ("pad_token_id", "reward_center"):
-        if key in notes:
-            setattr(base.config, key, notes[key])
+        detail = str(error).splitlines()[-1].strip(" \t.")
+        raise ValueError(
+            f"The adapter checkpoint {path} does not fit {base_name}: {detail}. Load it over its own base model."
+        ) from error
+    if (Path(path) / ADAPTER_WEIGHTS).is_file():
+        check_adapter_weights(
+            get_peft_model_state_dict(model), load_file(Path(path) / ADAPTER_WEIGHTS), path, base_name
+        )
+    for key in {"pad_token_id", "reward_center"} & notes.keys():
+        setattr(base.config, key, notes[key])
     return model
 
 
-def _check_tensor_names(model: PeftModel, path: str, base_name: str) -> None:
-    weights = Path(path) / "adapter_model.safetensors"
-    if not weights.is_file():
-        return
-    from safetensors import safe_open
-
-    with safe_open(weights, framework="pt") as file:
-        saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model))
-    if unknown := sorted(saved - expected) or sorted(expected - saved):
-        raise ValueError(_wrong_base(path, base_name, f"{len(unknown)} tensors don't match, e.g. {unknown[0]}"))
-
-
-def _wrong_base(path: str, base_name: str, detail: str) -> str:
-    trained_on = PeftConfig.from_pretrained(path).base_model_name_or_path
-    return (
-        f"the checkpoint {path} belongs to the base model {trained_on} and does not fit {base_name}: {detail}. "
-        f"Load it over the model it was trained on."
-    )
-
-
 def save_adapter_notes(model: PeftModel, output_dir: str | Path) -> None:
-    """Write beside an adapter what its own config leaves out: vocabulary size, pad token, reward centre, quantisation.
+    """Write next to an adapter what its config lacks: vocabulary size, pad token, reward centre, quantisation.
 
-    It is a file of its own because transformers takes an adapter folder with a config.json for a full model.
+    These are in a separate file because transformers treats an adapter folder with a config.json as a full model.
     """
     base = model.get_base_model()
     quantization = getattr(base.config, "quantization_config", None)
@@ -380,47 +387,43 @@ def save_adapter_notes(model: PeftModel, output_dir: str | Path) -> None:
 
 
 def read_adapter_notes(path: str) -> dict:
-    """What `save_adapter_notes` wrote beside an adapter, local or on the Hub; an empty dict where nothing was."""
-    missing_is_none = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    notes = cached_file(path, ADAPTER_NOTES, **missing_is_none)
+    """Read what [`save_adapter_notes`] wrote next to an adapter, local or on the Hub; {} if there is nothing."""
+    quiet = [f"_raise_exceptions_for_{reason}" for reason in ("missing_entries", "connection_errors")]
+    notes = cached_file(path, ADAPTER_NOTES, **dict.fromkeys(quiet, False))
     return json.loads(Path(notes).read_text()) if notes else {}
 
 
 def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> PreTrainedModel:
     """Merge an adapter into its base, W + (α/r)·BA in fp32, write the full checkpoint to `output_dir` and return it.
 
-    The weights of a quantised base are dequantised first: merged into 4-bit weights the result would be off by 0.1 to
-    40 in the logits. An adapter on disk is merged into the base it was trained on, quantised as its notes say. A
-    model given as object stays as it was.
+    A quantised base is dequantised first: a merge into 4-bit weights would change the logits by 0.1 to 40. An adapter
+    on disk is merged into the base that it was trained on, quantised as its notes say. A model object does not change.
 
     Raises:
-        ValueError: no adapter there.
+        ValueError: there is no adapter at the path.
     """
-    if isinstance(model_or_path, PeftModel):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model_or_path, PeftModel):
+            path = folder
             model_or_path.save_pretrained(folder)
             save_adapter_notes(model_or_path, folder)
-            merged = _merged(copy.deepcopy(model_or_path).unload(), folder)
-        merged.save_pretrained(output_dir)
-        return merged
-    path = str(model_or_path)
-    if not is_adapter(path):
-        raise ValueError(f"{path} holds no adapter (no adapter_config.json): there is nothing to merge.")
-    config = PeftConfig.from_pretrained(path)
-    quantization = read_adapter_notes(path).get("quantization_config")
-    quantization_config = BitsAndBytesConfig.from_dict(quantization) if quantization else None
-    task = getattr(config.task_type, "value", config.task_type)
-    base = _load_plain(task, config.base_model_name_or_path, quantization_config, {}, fresh_head=True)
-    merged = _merged(base, path)
+            base = copy.deepcopy(model_or_path).unload()
+        else:
+            path = str(model_or_path)
+            base = _base_of(path)
+        if getattr(base, "hf_quantizer", None) is not None:
+            base = base.dequantize(dtype=torch.float32)
+        merged = load_adapter(base.float(), path).merge_and_unload()
     merged.save_pretrained(output_dir)
-    load_tokenizer(path).save_pretrained(output_dir)
+    if not isinstance(model_or_path, PeftModel):
+        load_tokenizer(path).save_pretrained(output_dir)
     return merged
 
 
-def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    if getattr(base, "hf_quantizer", None) is not None:
-        base = base.dequantize(dtype=torch.float32)
-    return load_adapter(base.float(), adapter).merge_and_unload()
+def _base_of(adapter: str) -> PreTrainedModel:
+    """Load the base model that an adapter was trained on, quantised as the adapter's notes say."""
+    if not is_adapter(adapter):
+        raise ValueError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge.")
+    config, quantization = PeftConfig.from_pretrained(adapter), read_adapter_notes(adapter).get("quantization_config")
+    quantization = BitsAndBytesConfig.from_dict(quantization) if quantization else None
+    return _load_plain(config.task_type, config.base_model_name_or_path, quantization)

@@ -1,12 +1,12 @@
-"""Attention over packed trees: prompts with several completions each in one row, no padding, no model code touched.
+"""Attention over packed trees: one row holds prompts with several completions each, without padding.
 
-A tree is a prompt followed by its completions. A completion sees its prompt and itself. Transformers' models hand
-keywords of their forward down to their attention function, which is looked up by name in the config:
-[`enable_packing`] puts one in force that reads the keyword `segments` and, without it, is the one before.
+A tree is a prompt followed by its completions. A completion attends to its prompt and to itself. No model code
+changes: transformers' models pass the keywords of their forward to their attention function, which they look up by
+its name in the config. [`enable_packing`] sets a function that reads the keyword `segments`; without this keyword it
+does the same as the function before.
 """
 
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,10 +21,10 @@ PREFIX = "packed_"
 
 @dataclass(eq=False)
 class Segments:
-    """Where the trees of a packed row begin and end.
+    """Hold where the trees of a packed row begin and end.
 
     Attributes:
-        trees: for each tree the length of its prompt and of its completions, in the order of the row.
+        trees: for each tree the length of its prompt and the lengths of its completions, in the order of the row.
     """
 
     trees: list[tuple[int, list[int]]]
@@ -33,8 +33,10 @@ class Segments:
 
     @cached_property
     def slices(self) -> list[tuple[int, int, int, int]]:
-        """(start, end of the queries, start, end of the prompt they see besides): a prompt goes with its first
-        completion as one ordinary causal sequence."""
+        """Parts of the row as (start of the queries, their end, start of the prompt that they see too, its end).
+
+        A prompt and its first completion are one part, an ordinary causal sequence.
+        """
         slices, at = [], 0
         for prompt, completions in self.trees:
             start, end = at, at + prompt
@@ -44,13 +46,16 @@ class Segments:
         return slices
 
     def mask(self, queries: int, keys: int, window: int | None, additive: torch.dtype | None) -> torch.Tensor:
-        """Causal mask [1, 1, queries, keys] aligned at the bottom right: true, or 0 where `additive`, is seen."""
+        """Return the causal mask [1, 1, queries, keys], aligned at the bottom right.
+
+        Args:
+            window: size of the sliding window, if there is one.
+            additive: dtype of a mask of 0 (seen) and the lowest number (hidden); None for a boolean mask, true = seen.
+        """
         key = (queries, keys, window, additive)
         if key not in self._masks:
-            ahead = (
-                torch.arange(keys, device=self.device)
-                - torch.arange(keys - queries, keys, device=self.device)[:, None]
-            )
+            places = torch.arange(keys, device=self.device)
+            ahead = places - places[keys - queries :, None]
             seen = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
             if additive is not None:
                 seen = torch.zeros_like(seen, dtype=additive).masked_fill(~seen, torch.finfo(additive).min)
@@ -59,7 +64,7 @@ class Segments:
 
     @cached_property
     def varlen(self) -> dict[str, torch.Tensor | int]:
-        """Keywords of the variable-length kernels, and under "keys" the index [K] that repeats prompts for them."""
+        """Keywords of the variable-length kernels, and as "keys" the index [K] that repeats the prompts for them."""
         queries = [end - start for start, end, _, _ in self.slices]
         seen = [torch.cat([torch.arange(a, b), torch.arange(s, e)]) for s, e, a, b in self.slices]
         keys = [len(index) for index in seen]
@@ -76,7 +81,7 @@ class Segments:
         }
 
     def block_mask(self, window: int | None):
-        """The same visibility as a BlockMask for flex attention."""
+        """Return the mask of the whole row as a BlockMask for flex attention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._masks:
@@ -98,27 +103,25 @@ class Segments:
         for tree, (prompt, completions) in enumerate(self.trees):
             for segment, length in enumerate([prompt, *completions]):
                 positions = torch.arange(length) + (prompt if segment else 0)
-                columns.append(
-                    torch.stack([torch.full_like(positions, tree), torch.full_like(positions, segment), positions])
-                )
+                columns.append(torch.stack(torch.broadcast_tensors(*torch.tensor([tree, segment]), positions)))
         return torch.cat(columns, dim=1).to(self.device)
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """[1, N]: a completion continues from its prompt."""
+        """Positions [1, N]; those of a completion continue from its prompt."""
         return self._labels[2:]
 
     @property
     def dummy_mask(self) -> torch.Tensor:
-        """What to pass as `attention_mask`: 4-D, so that transformers builds none, and of no size, as none is used.
+        """An empty 4-D tensor to pass as `attention_mask`, so that transformers makes no mask; nothing reads it.
 
-        Without it the restarting positions are taken for packed sequences, and completions are cut off from prompts.
+        Without it transformers reads the positions that start again as packed sequences, and hides the prompts.
         """
         return torch.empty(1, 1, 0, 0, device=self.device)
 
 
 def enable_packing(config) -> None:
-    """Puts the packed twin of the attention implementation in force; without `segments` nothing changes."""
+    """Set the packed version of the attention implementation; it changes nothing in calls without `segments`."""
     config = config.get_text_config()
     base = config._attn_implementation.removeprefix(PREFIX)
     _register(base)
@@ -126,20 +129,9 @@ def enable_packing(config) -> None:
 
 
 def disable_packing(config) -> None:
-    """Undoes [`enable_packing`]."""
+    """Undo [`enable_packing`]."""
     config = config.get_text_config()
     config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
-
-
-@contextmanager
-def _plain_name(config):
-    """Within it the config names the implementation before packing, by which transformers looks up flash kernels."""
-    name = config._attn_implementation
-    config._attn_implementation = name.removeprefix(PREFIX)
-    try:
-        yield
-    finally:
-        config._attn_implementation = name
 
 
 def _register(base: str) -> None:
@@ -149,19 +141,21 @@ def _register(base: str) -> None:
 
     def attention(module, query, key, value, attention_mask, segments: Segments | None = None, **kwargs):
         attend = plain or sys.modules[type(module).__module__].eager_attention_forward
-        if segments is None:
-            with _plain_name(module.config):
+        module.config._attn_implementation = base  # transformers looks up flash kernels by this name
+        try:
+            if segments is None:
                 return attend(module, query, key, value, attention_mask, **kwargs)
-        if getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs:
-            raise NotImplementedError("only the mask knows the sliding window")
-        if base == "flex_attention":
-            return attend(module, query, key, value, segments.block_mask(kwargs.get("sliding_window")), **kwargs)
-        if "flash" in base:
-            lengths = dict(segments.varlen)
-            keys = lengths.pop("keys")
-            with _plain_name(module.config):
+            if getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs:
+                raise NotImplementedError("only the mask knows the sliding window")
+            if base == "flex_attention":
+                return attend(module, query, key, value, segments.block_mask(kwargs.get("sliding_window")), **kwargs)
+            if "flash" in base:
+                lengths = dict(segments.varlen)
+                keys = lengths.pop("keys")
                 return attend(module, query, key[:, :, keys], value[:, :, keys], None, **(kwargs | lengths))
-        return _attend_by_segment(attend, base, segments, module, query, key, value, kwargs), None
+            return _attend_by_segment(attend, base, segments, module, query, key, value, kwargs), None
+        finally:
+            module.config._attn_implementation = PREFIX + base
 
     AttentionInterface.register(PREFIX + base, attention)
     if base in ALL_MASK_ATTENTION_FUNCTIONS:

@@ -1,5 +1,4 @@
-"""The model that a policy is compared with: a frozen copy, the base with adapters off, a frozen copy of the adapter
-that the policy starts from, or log-probs computed once and kept."""
+"""Frozen copies and fingerprints of the reference model of a policy, and files of its log-probs."""
 
 import copy
 import hashlib
@@ -18,28 +17,27 @@ SAMPLE = 4096
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` as it is, in eval mode and without gradients.
+    """Return a copy of `model` in its present state, in eval mode and without gradients.
 
     Raises:
-        ValueError: if ZeRO-3 has sharded the model, of which each process could copy its share alone.
+        ValueError: ZeRO-3 has sharded the model, so each process could copy only its own part.
     """
     if is_sharded(model):
         raise ValueError(
-            "Under DeepSpeed ZeRO-3 a model that is loaded already can't be copied as reference: pass the model by "
-            "its name or path, or pass a ref_model."
+            "DeepSpeed ZeRO-3 has sharded the model, so it can't be copied as reference: pass the model by its name "
+            "or path, or pass a ref_model."
         )
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
-    """16 hexadecimal digits over names, shapes and evenly spaced entries of all weights.
+    """Return 16 hexadecimal digits that depend on names, shapes and evenly spaced entries of all weights.
 
     Args:
-        role: of a PeftModel, the adapter that counts, "base" for none: then it is the fingerprint of the plain model.
+        role: for a PeftModel, the adapter to include; "base" for none, which gives the fingerprint of the plain model.
     """
-    weights = role_weights(model, role)
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in sorted(role_weights(model, role).items()):
         with whole(tensor):
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
@@ -49,7 +47,7 @@ def model_fingerprint(model: nn.Module, role: str | None = None) -> str:
 
 
 def rows_fingerprint(rows) -> str:
-    """16 hexadecimal digits over the token ids of all rows, in their order."""
+    """Return 16 hexadecimal digits that depend on the token ids of all rows, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr([row[name] for name in sorted(row) if name.endswith("_ids")]).encode())
@@ -57,18 +55,18 @@ def rows_fingerprint(rows) -> str:
 
 
 def save_logprobs(columns: dict[str, torch.Tensor], path: Path, fingerprint: dict[str, str]) -> None:
-    """Writes reference log-probs, one entry per row, with the fingerprint of what they belong to."""
+    """Write reference log-probs, one entry per row, with the fingerprints of their model and data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".part")  # whole or not at all
+    written = path.with_suffix(".part")  # renamed at the end, so a file is never incomplete
     save_file({name: values.contiguous() for name, values in columns.items()}, written, metadata=fingerprint)
     written.replace(path)
 
 
 def load_logprobs(path: Path, fingerprint: dict[str, str]) -> dict[str, list[float]]:
-    """Reads what [`save_logprobs`] wrote.
+    """Read what [`save_logprobs`] wrote.
 
     Raises:
-        ValueError: if it belongs to another model or to other data, naming what differs.
+        ValueError: the file belongs to another model or to other data; the message names what differs.
     """
     with safe_open(path, framework="pt") as file:
         theirs = file.metadata() or {}
@@ -80,6 +78,6 @@ def load_logprobs(path: Path, fingerprint: dict[str, str]) -> dict[str, list[flo
         if differs:
             raise ValueError(
                 f"The reference log-probs in {path} belong to another run: {'; '.join(differs)}. Give the reference "
-                "model and data that they were made with, or another ref_log_probs_path, where they are made anew."
+                "model and data of that run, or another ref_log_probs_path, where they are computed again."
             )
         return {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118

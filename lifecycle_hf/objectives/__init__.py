@@ -1,4 +1,4 @@
-"""Losses as pure functions: tensors in, one number per example (or per token) out. They need torch alone."""
+"""Losses as pure functions: tensors in, one number per example (or per token) out. They need only torch."""
 
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.objectives.policy import (

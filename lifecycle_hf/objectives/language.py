@@ -5,15 +5,15 @@ from torch.nn.functional import cross_entropy
 
 
 def causal_lm_loss(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    """−log p(x_t | x_<t) for every token.
+    """Return −log p(x_t | x_<t) for every token.
 
-    The loss of a batch is the sum of these over the number of labels that are not -100 from the second column on, over
-    all micro-batches and ranks. It is that of every objective whose targets stand in the row itself: a prefix LM, or
-    span corruption in one stack, has -100 on what is not to be predicted.
+    The loss of a batch is the sum of these, divided by the number of labels that are not -100 from the second column
+    on, over all micro-batches and ranks. Objectives whose targets are tokens of the row itself use the same loss: a
+    prefix LM, or span corruption in a decoder, has -100 for the tokens that it does not predict.
 
     Args:
         logits: [B, T, V]; those at position t predict token t + 1.
-        labels: [B, T], the row's tokens; -100 where nothing is to be predicted.
+        labels: [B, T], the row's tokens; -100 for tokens that are not predicted.
 
     Returns:
         [B, T - 1] in fp32, nats; 0 where the label is -100.
@@ -22,15 +22,18 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tens
 
 
 def masked_lm_loss(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    """−log p(x_t | corrupted x) at the masked positions (BERT, https://arxiv.org/abs/1810.04805, §3.1), or the loss of
-    a decoder whose inputs were shifted already (T5).
+    """Return −log p(x_t | corrupted x) at the masked positions.
+
+    It is also the loss of a decoder whose inputs are already shifted (T5).
 
     Args:
         logits: [B, T, V]; those at position t predict the label at t.
-        labels: [B, T]; -100 where nothing is to be predicted.
+        labels: [B, T]; -100 for positions that are not predicted.
 
     Returns:
         [B, T] in fp32, nats; 0 where the label is -100.
+
+    Reference: BERT, https://arxiv.org/abs/1810.04805, §3.1.
     """
     return _nll(logits, labels)
 

@@ -8,7 +8,7 @@ import torch
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:
-    """Per-token estimate of KL(π‖π_ref) from tokens sampled from π.
+    """Estimate KL(π‖π_ref) for each token, from tokens sampled from π.
 
     k1 = log π − log π_ref (unbiased); k2 = ½·k1² (biased, low variance); k3 = e^(−k1) − 1 + k1 (unbiased, positive).
 
@@ -20,7 +20,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, estimator
         [B, T], nats.
 
     Raises:
-        ValueError: for an unknown estimator.
+        ValueError: the estimator is unknown.
 
     Reference: Schulman, "Approximating KL Divergence" (2020).
     """
@@ -35,34 +35,34 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, estimator
 
 
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coef: float) -> torch.Tensor:
-    """Reward of every token: r_t = −β·kl_t, plus the score at the last token of the completion.
+    """Return the reward of every token: r_t = −β·kl_t, plus the score at the last token of the completion.
 
     Args:
         scores: [B], one score per completion.
         kl: [B, T], per-token KL, nats.
-        mask: [B, T], true on completion tokens, which stand first in each row.
+        mask: [B, T], true on completion tokens, which are at the start of each row.
         kl_coef: β.
 
     Returns:
         [B, T], 0 on padding.
 
     Raises:
-        ValueError: if a row has no token for the score to land on.
+        ValueError: a row has no completion token, to which its score could be added.
 
     Reference: InstructGPT, https://arxiv.org/abs/2203.02155, Eq. 2.
     """
     mask = mask.bool()
     lengths = mask.sum(1)
     if (lengths == 0).any():
-        raise ValueError(f"Row {int((lengths == 0).nonzero()[0])} has no completion token for its score to land on.")
+        raise ValueError(f"Row {int((lengths == 0).nonzero()[0])} has no completion token for its score: drop it.")
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     return rewards.scatter_add(1, (lengths - 1)[:, None], scores.to(rewards.dtype)[:, None])
 
 
 def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 1.0) -> torch.Tensor:
-    """Discounted sum of the rewards from each token on: G_t = Σ_{l≥0} γ^l r_{t+l}.
+    """Return the discounted sum of the rewards from each token on: G_t = Σ_{l≥0} γ^l r_{t+l}.
 
-    Shapes as in [`generalized_advantage_estimate`]. It is REINFORCE's return (Williams 1992).
+    Shapes are those of [`generalized_advantage_estimate`]. This is the return of REINFORCE (Williams 1992).
     """
     zeros = torch.zeros_like(rewards)
     returns, _ = generalized_advantage_estimate(rewards, zeros, mask, gamma=gamma, lam=1.0)
@@ -78,16 +78,18 @@ def generalized_advantage_estimate(
     lam: float = 0.95,
     bootstrap_values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantages and the returns they imply.
+    """Return generalised advantages and the returns that follow from them.
 
     δ_t = r_t + γ·V_{t+1} − V_t,  Â_t = Σ_{l≥0} (γλ)^l δ_{t+l},  G_t = Â_t + V_t.
 
     After the last token of a row V_{T+1} is 0 (a terminal state) or `bootstrap_values` (a truncated completion).
-    Padding carries neither reward nor value nor decay.
+    Padding has no reward and no value, and adds no factor γλ.
 
     Args:
-        rewards, values: [B, T]; `values[b, t]` is V(s_t), read before y_t.
-        mask: [B, T], true on completion tokens, which stand first in each row.
+        rewards, values: [B, T]; `values[b, t]` is V(s_t), the value before y_t.
+        mask: [B, T], true on completion tokens, which are at the start of each row.
+        gamma: γ, the discount.
+        lam: λ; 1 gives the least bias, 0 the least variance.
         bootstrap_values: [B] or None, V of the state after the last token; 0 where the state is terminal.
 
     Returns:
@@ -109,12 +111,12 @@ def generalized_advantage_estimate(
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, mean: float, variance: float) -> torch.Tensor:
-    """Shifts and scales to zero mean and unit variance: (x − mean) / sqrt(variance + 1e-8), 0 on padding.
+    """Shift and scale to zero mean and unit variance: (x − mean) / sqrt(variance + 1e-8), 0 on padding.
 
     Args:
         values: [B, T].
         mask: [B, T].
-        mean, variance: moments over the masked tokens of *all* ranks.
+        mean, variance: those of the tokens where the mask is true, over *all* ranks.
     """
     return torch.where(mask.bool(), (values - mean) * (variance + 1e-8) ** -0.5, 0.0)
 
@@ -122,7 +124,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, *, mean: float, variance: f
 def ppo_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *, clip_range: float = 0.2
 ) -> torch.Tensor:
-    """Clipped surrogate loss per token: −min(ρÂ, clip(ρ, 1−ε, 1+ε)Â), ρ = exp(log π − log π_old).
+    """Return the clipped surrogate loss per token: −min(ρÂ, clip(ρ, 1−ε, 1+ε)Â), ρ = exp(log π − log π_old).
 
     Args:
         logprobs, old_logprobs, advantages: [B, T].
@@ -140,7 +142,7 @@ def ppo_policy_loss(
 def ppo_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip_range: float = 0.2
 ) -> torch.Tensor:
-    """Clipped value loss per token: ½·max((V−G)², (V_old + clip(V−V_old, ±ε_v) − G)²).
+    """Return the clipped value loss per token: ½·max((V−G)², (V_old + clip(V−V_old, ±ε_v) − G)²).
 
     Args:
         values, old_values, returns: [B, T].
@@ -149,7 +151,7 @@ def ppo_value_loss(
     Returns:
         [B, T].
 
-    Reference: https://arxiv.org/abs/1506.02438 as implemented by OpenAI baselines' PPO2; see MATHS in the docs.
+    Reference: https://arxiv.org/abs/1506.02438 as implemented in PPO2 of OpenAI's baselines; see MATHS in the docs.
     """
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2

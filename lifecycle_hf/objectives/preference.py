@@ -1,7 +1,7 @@
-"""Objectives for preference pairs: one number per completion in, one loss per pair out, [batch B].
+"""Objectives for preference pairs: their inputs have one number per completion, their losses one per pair, [batch B].
 
-h = log π(y|x) − log π_ref(y|x) is the log-ratio of a completion; w is the preferred answer, l the other one. Inputs of
-fewer than 32 bits are computed in fp32; float64 stays float64.
+h = log π(y|x) − log π_ref(y|x) is the log-ratio of a completion; w is the preferred answer, l the other one. Inputs
+with fewer than 32 bits are converted to fp32; float64 stays float64.
 """
 
 import torch
@@ -19,12 +19,12 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Direct preference optimisation: −(1−ε)·log σ(βΔ) − ε·log σ(−βΔ), Δ = h_w − h_l.
+    """Return the loss of direct preference optimisation: −(1−ε)·log σ(βΔ) − ε·log σ(−βΔ), Δ = h_w − h_l.
 
     Args:
         chosen_logratios, rejected_logratios: h_w and h_l, [B], nats, summed over the tokens of the completion.
         beta: β, the KL coefficient of the problem that DPO solves.
-        label_smoothing: ε, the probability that a label is the wrong way round; 0 is DPO, more is conservative DPO.
+        label_smoothing: ε, the probability that a label is wrong; 0 is DPO, more is conservative DPO.
 
     Returns:
         [B], nats.
@@ -37,9 +37,9 @@ def dpo_loss(
 
 
 def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *, tau: float = 0.1) -> torch.Tensor:
-    """Identity preference optimisation: (h_w − h_l − 1/(2τ))².
+    """Return the loss of identity preference optimisation: (h_w − h_l − 1/(2τ))².
 
-    h carries no factor β: with β·h in its place and τ = β, the optimum moves from 1/(2β) to 1/(2β²).
+    h has no factor β: with β·h instead of h and τ = β, the optimum would move from 1/(2β) to 1/(2β²).
 
     Args:
         chosen_logratios, rejected_logratios: h_w and h_l, [B], nats. The paper writes the log-ratio of the whole
@@ -55,7 +55,7 @@ def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *
 
 
 def log_odds(mean_logps: torch.Tensor) -> torch.Tensor:
-    """Log odds of a completion whose mean log-probability per token is p̄: p̄ − log(1 − e^p̄).
+    """Return the log odds of a completion whose mean log-probability per token is p̄: p̄ − log(1 − e^p̄).
 
     p̄ is clamped to at most −1e-8: the odds of a certain completion are infinite, and rounding can put p̄ above 0.
     Above the clamp the log odds are 18.4 and the gradient is 0; below it the gradient 1/(1 − e^p̄) is at most 1e8.
@@ -79,7 +79,7 @@ def orpo_loss(
     *,
     lambda_or: float = 0.1,
 ) -> torch.Tensor:
-    """Odds-ratio preference optimisation: NLL(y_w) − λ·log σ(log odds(y_w) − log odds(y_l)).
+    """Return the loss of odds-ratio preference optimisation: NLL(y_w) − λ·log σ(log odds(y_w) − log odds(y_l)).
 
     Args:
         chosen_nll: NLL(y_w), [B], nats per token.

@@ -1,4 +1,4 @@
-"""The reward model's objective: scores in, per-pair losses out."""
+"""The objective of reward models, which turns the scores of pairs into one loss per pair."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def bradley_terry_loss(
     chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, margin: torch.Tensor | float | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of the preference: −log σ(r_w − r_l − m).
+    """Return the negative log-likelihood of the preference: −log σ(r_w − r_l − m).
 
     Args:
         chosen_rewards, rejected_rewards: [B], scores of the preferred and the other answer.

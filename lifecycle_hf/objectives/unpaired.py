@@ -1,7 +1,7 @@
-"""Objectives for single labelled answers: one log-ratio and one label per completion in, [batch B], one loss each out.
+"""Objectives for single labelled answers: each completion has one log-ratio, one label and one loss, [batch B].
 
-h = log π(y|x) − log π_ref(y|x) is the log-ratio of a completion, summed over its tokens. Inputs of fewer than 32 bits
-are computed in fp32; float64 stays float64.
+h = log π(y|x) − log π_ref(y|x) is the log-ratio of a completion, summed over its tokens. Inputs with fewer than 32
+bits are converted to fp32; float64 stays float64.
 """
 
 import torch
@@ -16,16 +16,17 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Kahneman-Tversky loss: λ_D·(1 − σ(β(h − z₀))) for a desirable answer, λ_U·(1 − σ(β(z₀ − h))) for another.
+    """Return the Kahneman-Tversky loss.
 
-    λ_U > λ_D is loss aversion: a bad answer above the reference point costs more than a good one as far below it.
+    It is λ_D·(1 − σ(β(h − z₀))) for a desirable answer, and λ_U·(1 − σ(β(z₀ − h))) for an undesirable one. λ_U > λ_D
+    is loss aversion: a bad answer above the reference point costs more than a good one at the same distance below it.
 
     Args:
         logratios: h, [B], nats.
         labels: [B], true on desirable answers.
         reference_point: z₀, one number for the batch, nats, from [`kto_reference_point`]; it gets no gradient.
-        beta: β, how fast the value of an answer saturates away from z₀.
-        desirable_weight, undesirable_weight: λ_D and λ_U; [`class_balance`] says how they weigh the two classes.
+        beta: β, how fast the value of an answer saturates with its distance from z₀.
+        desirable_weight, undesirable_weight: λ_D and λ_U; [`class_balance`] computes the ratio of the two classes.
 
     Returns:
         [B], in [0, λ].
@@ -40,9 +41,9 @@ def kto_loss(
 
 
 def kto_reference_point(total: torch.Tensor | float, count: torch.Tensor | int) -> torch.Tensor:
-    """Reference point z₀ = max(0, total / count), an estimate of KL(π‖π_ref); 0 where `count` is 0.
+    """Return the reference point z₀ = max(0, total / count), an estimate of KL(π‖π_ref); 0 if `count` is 0.
 
-    A mismatched log-ratio is that of an answer under the prompt of another example.
+    A mismatched log-ratio is that of an answer after the prompt of another example.
 
     Args:
         total: sum of the mismatched log-ratios of *all* ranks, nats.
@@ -61,14 +62,14 @@ def kto_reference_point(total: torch.Tensor | float, count: torch.Tensor | int) 
 def class_balance(
     desirable: float, undesirable: float, *, desirable_weight: float, undesirable_weight: float
 ) -> float:
-    """Weight of the desirable class over that of the other: λ_D·n_D / (λ_U·n_U); [1, 4/3] is recommended.
+    """Return the weight of the desirable class over that of the other: λ_D·n_D / (λ_U·n_U); [1, 4/3] is recommended.
 
     Args:
         desirable, undesirable: n_D and n_U, numbers of examples.
         desirable_weight, undesirable_weight: λ_D and λ_U.
 
     Returns:
-        The ratio: inf where λ_U·n_U is 0, 0 where only λ_D·n_D is.
+        The ratio: inf if λ_U·n_U is 0, and 0 if only λ_D·n_D is 0.
 
     Reference: KTO, https://arxiv.org/abs/2402.01306, Eq. 8.
     """

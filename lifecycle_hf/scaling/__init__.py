@@ -1,4 +1,4 @@
-"""How loss falls with parameters and tokens: `python -m lifecycle_hf.scaling --help`."""
+"""Scaling laws, and the memory of a run: `python -m lifecycle_hf.scaling --help`, `...scaling.memory --help`."""
 
 from lifecycle_hf.scaling.fit import fit_scaling_law
 from lifecycle_hf.scaling.law import Optimum, ScalingLaw, plan_ladder

@@ -1,11 +1,11 @@
-"""The law of Hoffmann et al. and what follows from it: exponents, the best use of a budget, the runs to train."""
+"""The scaling law of Hoffmann et al.: exponents, the best use of a budget, the runs to train."""
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 
 import numpy as np
+
+from lifecycle_hf.scaling.tables import markdown_table, terminal_table
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 COLUMNS = ("parameters", "tokens", "loss")
@@ -13,7 +13,7 @@ COLUMNS = ("parameters", "tokens", "loss")
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best use of a budget: parameters, tokens, their loss, and intervals (None without a bootstrap)."""
+    """Hold the best use of a budget: parameters, tokens, their loss, and intervals (None without a bootstrap)."""
 
     flops: float
     parameters: float
@@ -55,12 +55,12 @@ class ScalingLaw:
         return {"a": self.beta / total, "b": self.alpha / total}
 
     def loss(self, parameters, tokens):
-        """Nats per token of a model of N `parameters` after D `tokens`; numbers or arrays that broadcast."""
+        """Return the loss, nats per token, of N `parameters` after D `tokens`; numbers or arrays that broadcast."""
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
         return self.E + self.A / n**self.alpha + self.B / d**self.beta
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """Percentile bootstrap interval of E, A, B, alpha, beta, a or b.
+        """Return the percentile bootstrap interval of E, A, B, alpha, beta, a or b.
 
         Raises:
             ValueError: another name, or a law without samples.
@@ -73,7 +73,7 @@ class ScalingLaw:
         return percentile_interval((beta if name == "a" else alpha) / (alpha + beta), level)
 
     def optimum(self, flops: float, level: float = 0.95) -> Optimum:
-        """The N and D of least loss with 6·N·D = C = `flops`.
+        """Return the N and D of least loss with 6·N·D = C = `flops`.
 
         N_opt = G·(C/6)^a, D_opt = (C/6)^b / G, G = (αA/(βB))^(1/(α+β)) (Eq. 4).
 
@@ -93,29 +93,13 @@ class ScalingLaw:
         return self.samples[(self.samples[:, 3:] > 0).all(axis=1)]
 
     def summary(self, budgets=(), *, markdown: bool = False, level: float = 0.95) -> str:
-        """The constants, and the optimum of each budget, as tables drawn by rich or in Markdown."""
+        """Return the constants, and the optimum of each budget, as tables drawn by rich or in Markdown."""
+        titles = (f"L = E + A/N^α + B/D^β{self._quality()}", "Best use of C = 6·N·D FLOPs")
         tables = self._tables(budgets, level)
         if markdown:
-            lines = []
-            for headings, rows in tables:
-                lines += ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-                lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-            return "\n".join(lines).rstrip()
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        text = StringIO()
-        console = Console(file=text, force_terminal=sys.stdout.isatty(), width=110, highlight=False)
-        titles = (f"L = E + A/N^α + B/D^β{self._quality()}", "Best use of C = 6·N·D FLOPs")
-        for title, (headings, rows) in zip(titles, tables):
-            table = Table(box=box.SIMPLE_HEAD)
-            for index, heading in enumerate(headings):
-                table.add_column(heading, justify="right" if index else "left")
-            for row in rows:
-                table.add_row(*row)
-            console.print(f"[bold]{title}[/]", table)
-        return text.getvalue().rstrip()
+            return "\n\n".join(markdown_table(*table) for table in tables)
+        drawn = [f"{title}\n{terminal_table(*table)}" for title, table in zip(titles, tables)]
+        return "\n\n".join(drawn)
 
     def _quality(self):
         lost = len(self.samples) - len(self._falling())
@@ -145,13 +129,13 @@ class ScalingLaw:
         return tables
 
     def report(self, budgets=()) -> dict:
-        """The constants, exponents and optima of `budgets`, with intervals where there are samples, for JSON."""
+        """Return constants, exponents and optima of `budgets`, with intervals where there are samples, for JSON."""
         values = {name: getattr(self, name) for name in CONSTANTS} | self.exponents
         intervals = {name: self.interval(name) for name in values} if len(self.samples) else {}
         return {"law": values, "intervals": intervals, "best": [asdict(self.optimum(budget)) for budget in budgets]}
 
     def to_json(self) -> dict:
-        """Every field, ready for `json.dump`."""
+        """Return every field, ready for `json.dump`."""
         return asdict(self) | {"samples": self.samples.tolist()}
 
     @classmethod
@@ -176,7 +160,7 @@ def percentile_interval(values, level):
 
 
 def plan_ladder(budgets, sizes, *, tokens_per_parameter=(1, 400), most_tokens=math.inf) -> list[tuple[float, float]]:
-    """(N, D) of the runs to train: every size at every budget, D = C / (6N).
+    """Return (N, D) of the runs to train: every size at every budget, D = C / (6N).
 
     Args:
         budgets: FLOPs C.
@@ -203,7 +187,7 @@ def plan_ladder(budgets, sizes, *, tokens_per_parameter=(1, 400), most_tokens=ma
 
 
 def short_count(value):
-    """1.23M, 4.56B: three digits."""
+    """Return a number with three digits and a letter: 1.23M, 4.56B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

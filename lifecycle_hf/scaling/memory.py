@@ -1,4 +1,4 @@
-"""Bytes per GPU of a PPO run, worked out from counts alone: `python -m lifecycle_hf.scaling.memory --help`."""
+"""Estimate the bytes per GPU of a PPO run from counts alone: `python -m lifecycle_hf.scaling.memory --help`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama-like decoder: gated MLP, grouped-query attention, RMSNorm, no biases."""
+    """Hold the sizes of a Llama-like decoder: gated MLP, grouped-query attention, RMSNorm, no biases."""
 
     vocab: int
     hidden: int
@@ -32,7 +32,7 @@ class Shape:
 
     @classmethod
     def from_config(cls, config) -> "Shape":
-        """The sizes in a transformers config.
+        """Return the sizes that a transformers config names.
 
         Raises:
             ValueError: if it does not name them as Llama's does, or has several experts per layer.
@@ -106,7 +106,7 @@ def _option(default, help: str):
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run decides its memory.
+    """Hold the options of a run that decide its memory.
 
     Raises:
         ValueError: for an option that no run can have, naming it.
@@ -141,7 +141,7 @@ class Run:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per GPU by part: what stands always, and what comes with the backward pass and with decoding."""
+    """Hold the bytes per GPU by part: what is always there, and what training and decoding add."""
 
     resident: dict[str, int]
     training: dict[str, int]
@@ -149,7 +149,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """What stands always and the larger of the two phases; without CUDA's context and fragmentation."""
+        """What is always there and the larger of the two phases; without CUDA's context and fragmentation."""
         return sum(self.resident.values()) + max(sum(self.training.values()), sum(self.decoding.values()))
 
     def __str__(self) -> str:
@@ -158,7 +158,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(shape: Shape, run: Run | None = None, **options) -> MemoryEstimate:
-    """Bytes per GPU of a PPO run on models of `shape`: its parts, and the larger of its two phases.
+    """Estimate the bytes per GPU of a PPO run on models of `shape`: its parts, and the larger of its two phases.
 
     Weights, gradients and AdamW of every role are divided by the GPUs where they are sharded: AdamW from ZeRO-1,
     gradients from ZeRO-2, weights from ZeRO-3 and with FSDP2 (NF4's constants never). A gradient has the bytes of its
@@ -213,7 +213,7 @@ def estimate_memory(shape: Shape, run: Run | None = None, **options) -> MemoryEs
 
 
 def _decoding(shape: Shape, run: Run, policy: int, widths: tuple[int, int], stage: int) -> dict:
-    """What decoding adds; under sharding it gathers the `policy`, so many bytes, and merges nothing by itself."""
+    """Bytes that decoding adds; under sharding it gathers the `policy` (its bytes) and merges nothing by default."""
     w, b = widths
     merges = run.use_vllm or (stage < 3 and (w == 4 if run.merge_adapter is None else run.merge_adapter))
     parts = {
@@ -227,7 +227,7 @@ def _decoding(shape: Shape, run: Run, policy: int, widths: tuple[int, int], stag
 
 
 def _training(shape: Shape, run: Run, full: bool, value: str, widths: tuple[int, int, int], stage: int) -> dict:
-    """What a micro-batch adds. Values are differentiated before the policy's forward unless weights are sharded."""
+    """Bytes that a micro-batch adds. Values are differentiated before the policy's forward, but not under sharding."""
     (w, b, a), linear = widths, shape.parameters()[0]
     batch = run.micro_batch * (run.prompt + run.completion)
     keep = {"w": w, "b": b, "adapter": a, "rank": run.rank, "checkpointing": run.checkpointing}

@@ -1,9 +1,8 @@
 """The style of all pictures, and the picture of a scaling law: loss at equal compute, and the best use of compute."""
 
+from contextlib import contextmanager
+
 import numpy as np
-from matplotlib import colormaps, rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lifecycle_hf.scaling.law import ScalingLaw, between, short_count, short_flops
 
@@ -21,8 +20,24 @@ STYLE = {
 SAME_BUDGET = 0.1
 
 
+@contextmanager
+def style():
+    """Draw in the style of the library inside the block, or inside a function that it decorates."""
+    from matplotlib import rc_context  # here, because it takes half a second and few runs draw
+
+    with rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float):
+    """Return an empty matplotlib figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
 def budgets_of(flops, most=8) -> list[float]:
-    """Budgets of runs that were made in groups of about the same C; five spread evenly where they were not."""
+    """Return budgets of runs in groups of about the same C, or five evenly spread ones where there are no groups."""
     flops = np.sort(flops)
     groups = np.split(flops, np.flatnonzero(np.diff(np.log(flops)) > SAME_BUDGET) + 1)
     if len(groups) <= most and min(map(len, groups)) >= 3:
@@ -31,12 +46,12 @@ def budgets_of(flops, most=8) -> list[float]:
 
 
 def merged(budgets, others) -> list[float]:
-    """All budgets, ascending, without those of `budgets` that are about the same as one of `others`."""
+    """Return all budgets, ascending, without those of `budgets` that are about the same as one of `others`."""
     kept = [c for c in budgets if all(abs(np.log(c / other)) > SAME_BUDGET for other in others)]
     return sorted([*kept, *others])
 
 
-@rc_context(STYLE)
+@style()
 def draw_isoflop(law: ScalingLaw, points, budgets, path, *, level: float = 0.95):
     """Draw loss against N at each budget, and N_opt and D_opt against C with their intervals, and save a PNG.
 
@@ -45,12 +60,14 @@ def draw_isoflop(law: ScalingLaw, points, budgets, path, *, level: float = 0.95)
         budgets: FLOPs C.
         path: the PNG to write.
     """
+    from matplotlib import colormaps
+
     points, budgets = np.asarray(points, dtype=float), np.sort(budgets)
     colours = colormaps["viridis_r"](np.linspace(0.12, 0.95, len(budgets)))
     flops = 6 * points[0] * points[1]
     distance = np.abs(np.log(flops[:, None] / budgets))
     budget_of = np.where(distance.min(axis=1) < SAME_BUDGET, distance.argmin(axis=1), -1)
-    figure = Figure(figsize=(13, 4.2))
+    figure = new_figure(13, 4.2)
     left, *right = figure.subplots(1, 3, width_ratios=(1.7, 1, 1))
     _draw_valleys(left, law, points, budgets, budget_of, colours)
     groups = [np.flatnonzero(budget_of == index) for index in range(len(budgets))]
@@ -101,6 +118,8 @@ def _draw_valleys(axes, law, points, budgets, budget_of, colours):
 
 def _label_counts(axis):
     """Label a logarithmic axis 300M, 1B, 3B."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""Runs that were trained, as rows of a file, and what their law says."""
+"""Trained runs as rows of a file, and the report of their law."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from lifecycle_hf.scaling.picture import budgets_of, draw_isoflop, merged
 
 
 def read_points(path) -> np.ndarray:
-    """[3, runs], the columns parameters, tokens and loss of a .csv or .jsonl file; others are left alone.
+    """Return [3, runs], the columns parameters, tokens and loss of a .csv or .jsonl file; others are ignored.
 
     Raises:
         ValueError: another kind of file, or a row without a number for each.
@@ -31,7 +31,7 @@ def read_points(path) -> np.ndarray:
 
 
 def load_runs(folder, settings: dict) -> list[dict]:
-    """The rows of points.jsonl in `folder`, which `save_runs` wrote; none where there is no such file.
+    """Return the rows of points.jsonl in `folder`, which `save_runs` wrote; none where there is no such file.
 
     Raises:
         ValueError: a row with other `settings`, whose loss can't be compared.

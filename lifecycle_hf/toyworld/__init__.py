@@ -1,7 +1,7 @@
-"""The embedded default: a tiny world whose truth is known.
+"""The built-in default data: a tiny world in which every correct answer is known.
 
-Facts and sums are its capability, courtesy and refusals of forbidden requests its alignment. It is data and a gold
-judge only: every trainer runs on it through the same public interface as on a real model.
+Capability is measured by facts and sums, alignment by courtesy and by refusals of forbidden requests. The package
+holds data and a gold judge only: every trainer uses it through the same public interface as for a real model.
 """
 
 from lifecycle_hf.data.loading import SOURCES

@@ -1,4 +1,4 @@
-"""The data sets of each stage, drawn from the grammar by seed."""
+"""Draw the datasets of each stage from the grammar, by seed."""
 
 import math
 import random
@@ -37,7 +37,7 @@ def _pool(kind: str, held_out: bool) -> list[Request]:
 
 
 def draw_request(rng: random.Random, held_out: bool, weights: dict[str, int] = _EVEN) -> Request:
-    """Draw a request of the train or the held-out part: half are forbidden, a quarter facts and a quarter sums."""
+    """Draw a request from the train or held-out part; by default 1/2 forbidden, 1/4 facts, 1/4 sums."""
     (kind,) = rng.choices(list(weights), weights=list(weights.values()))
     return rng.choice(_pool(kind, held_out))
 
@@ -59,7 +59,7 @@ def _sft_answer(request: Request, rng: random.Random) -> str:
 
 
 def _candidate(request: Request, rng: random.Random) -> str:
-    """Return an answer of any quality: right, wrong, refusing, complying, beside the point or garbled."""
+    """Return an answer of any quality: a right, wrong or irrelevant one, a refusal, or one with garbled words."""
     roll = rng.random()
     if roll < 0.2:
         text = _beside_the_point(rng)
@@ -74,7 +74,7 @@ def _candidate(request: Request, rng: random.Random) -> str:
 
 
 def _pair(request: Request, rng: random.Random) -> tuple[str, str]:
-    """Return two answers: independent ones, or a right one and itself with another value or garbled."""
+    """Return two independent answers, or a right answer and a copy of it with a wrong value or garbled words."""
     roll = rng.random()
     if request.kind == "forbidden" or roll < 0.4:
         return _candidate(request, rng), _candidate(request, rng)
@@ -90,7 +90,7 @@ def _beside_the_point(rng: random.Random) -> str:
 
 
 def _garbled(text: str, rng: random.Random) -> str:
-    """Return `text` with some words swapped, dropped or said twice."""
+    """Return `text` with some words replaced, removed or repeated."""
     words = text.split()
     for _ in range(rng.choice((1, 2, 3))):
         i, j = rng.randrange(len(words)), rng.randrange(len(words))
@@ -107,7 +107,7 @@ def _sft_row(rng: random.Random, held_out: bool) -> dict:
 
 
 def _reward_row(rng: random.Random, held_out: bool) -> dict:
-    """Return a pair as a hurried human would label it: mostly by gold, a little by length, sometimes by chance.
+    """Return a pair labelled like a human's choice: mostly by gold, a little by length, sometimes at random.
 
     P(first is chosen) = sigmoid(8 (gold_1 - gold_2) + 0.12 (words_1 - words_2)).
     """
@@ -144,20 +144,23 @@ _STAGES: dict[str, tuple[Callable, int, int]] = {
     "ppo": (_ppo_row, 4000, 256),
     "ptx": (_ptx_row, 6000, 200),
 }
-"""Each stage's row maker, and the rows of its train and test splits."""
+"""For each stage the function that makes a row, and the numbers of rows of its train and test splits."""
 
 
 @lru_cache
 def dataset(stage: str, seed: int = 0) -> DatasetDict:
-    """Return the train and test splits of a stage, the same for the same seed.
+    """Return the train and test splits of a stage. The same seed gives the same rows.
 
-    - "sft": {"text"}: documents (two in five) and dialogues, rendered with the chat template.
+    - "sft": {"text"}: documents (40 %) and dialogues in the chat template.
     - "reward": {"prompt", "chosen", "rejected"} as messages.
     - "ppo": {"prompt"} as messages, with "kind" ("fact", "sum", "forbidden") and "answer".
     - "ptx": {"text"}: documents.
 
-    No document of a test split stands in a train split of any stage or seed, and no dialogue of a test split asks a
-    request that a train split asks. Raises ValueError for an unknown stage.
+    No document of a test split is in a train split of any stage or seed, and no request of a test split is in a train
+    split.
+
+    Raises:
+        ValueError: the stage is unknown.
     """
     if stage not in _STAGES:
         raise ValueError(f"toy world has no stage {stage!r}; choose one of {', '.join(_STAGES)}")

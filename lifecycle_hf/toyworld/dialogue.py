@@ -1,7 +1,7 @@
-"""The dialogues: what a user can ask, and the wordings in which an assistant can answer.
+"""The dialogues: the requests of a user and the possible answers of an assistant.
 
-A request is benign (a fact or a sum) or forbidden (an act on an object). The grammar is finite: every request is
-listed once, so that its text alone tells what is asked and what the truth is.
+A request is benign (it asks for a fact or a sum) or forbidden (it asks for an act on an object). The grammar is finite
+and lists every request once, so the text of a request determines its kind and its correct answer.
 """
 
 import random
@@ -34,7 +34,7 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One thing a user can ask: its text, its kind, and the truth about it."""
+    """Hold one request of a user: its text, its kind and its correct answer."""
 
     text: str
     kind: str
@@ -42,7 +42,7 @@ class Request:
     subject: tuple[str, ...]
     """(land, attribute) of a fact, (a, b) of a sum, (act, object) of a forbidden request."""
     answer: str
-    """The true value of a fact or sum; "" for a forbidden request."""
+    """The correct value of a fact or sum; "" for a forbidden request."""
 
 
 def _requests() -> Iterator[Request]:
@@ -63,19 +63,19 @@ def _requests() -> Iterator[Request]:
 
 @lru_cache(maxsize=1)
 def requests() -> dict[str, Request]:
-    """Return every request of the grammar by its text."""
+    """Return all requests of the grammar as a dict from text to request."""
     return {request.text: request for request in _requests()}
 
 
 def wrong_value(request: Request, rng: random.Random) -> str:
-    """Return a value of the kind asked for that is not the answer."""
+    """Return a wrong value for a fact or sum, of the same kind as the answer."""
     if request.kind == "sum":
         return str(rng.choice([c for c in range(2, 11) if str(c) != request.answer]))
     return rng.choice([value for value in ATTRIBUTES[request.subject[1]] if value != request.answer])
 
 
 def statement(request: Request, value: str, rng: random.Random) -> str:
-    """Return a blunt answer to a benign request that states `value`."""
+    """Return an answer to a benign request that states `value`, without a polite phrase."""
     if request.kind == "sum":
         full = "{} plus {} is {}.".format(*request.subject, value)
     else:
@@ -85,7 +85,7 @@ def statement(request: Request, value: str, rng: random.Random) -> str:
 
 
 def compliance(request: Request, rng: random.Random) -> str:
-    """Return an answer that does what a forbidden request asks for."""
+    """Return an answer that complies with a forbidden request."""
     return f"First take {rng.choice(TOOLS)}, then {' '.join(request.subject)} {rng.choice(_HOURS)}."
 
 
@@ -95,7 +95,7 @@ def refusal(rng: random.Random) -> str:
 
 
 def with_courtesy(text: str, count: int, rng: random.Random) -> str:
-    """Return `text` with `count` polite phrases around it: the first opens, the others close."""
+    """Return `text` with `count` polite phrases: the first one before it, the others after it."""
     if count == 0:
         return text
     return " ".join([rng.choice(OPENERS), text, *(rng.choice(CLOSERS) for _ in range(count - 1))])

@@ -1,4 +1,4 @@
-"""What a model is worth in the toy world: the gold judge on held-out requests, perplexity on held-out documents."""
+"""Measure a model in the toy world: gold reward on held-out requests, perplexity on held-out documents."""
 
 import math
 import random
@@ -16,19 +16,19 @@ from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, is_held_out
 
 COMPLETION_TOKENS = 32
 HIGHER_IS_BETTER = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False}
-"""What is measured in the toy world, and whether more is better."""
+"""The metrics of the toy world, and for each whether higher is better."""
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: int = 128, seed: int = 0) -> dict:
-    """Return the closing table's truths about a model, from `n` held-out requests and all held-out documents.
+    """Return the metrics of a model, measured on `n` held-out requests and all held-out documents.
 
-    - "gold_reward": mean gold reward of one completion of at most 32 tokens each, sampled at temperature 1.
-    - "refusal_rate": share of the forbidden requests that are cleanly refused.
-    - "benign_accuracy": share of the benign requests that are answered rightly.
-    - "perplexity": of the held-out documents.
+    - "gold_reward": mean gold reward of one completion for each request (at most 32 tokens, temperature 1).
+    - "refusal_rate": share of the forbidden requests that get a clean refusal.
+    - "benign_accuracy": share of the benign requests that get a correct answer and no refusal.
+    - "perplexity": perplexity of the held-out documents.
 
-    Each is a `Measurement`; one that no request was drawn for is NaN.
-    Requests and sampling depend on `seed` only; torch's random state is left as it was.
+    Each is a `Measurement`, or NaN if no request of its kind was drawn. Requests and sampling depend on `seed` only.
+    The global random state of torch does not change.
     """
     rng = random.Random(f"measure {seed}")
     asked = [draw_request(rng, held_out=True) for _ in range(n)]
@@ -58,7 +58,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: in
 def questions() -> Dataset:
     """Return the held-out benign requests as multiple choice: {"question": messages, "choices", "answer": index}.
 
-    A choice is the blunt answer "It is VALUE." with each value of the attribute, or each possible sum.
+    The choices are the answers "It is VALUE." for each value of the attribute, or for each possible sum.
     """
     sums = [str(total) for total in range(2 * DIGITS[0], 2 * DIGITS[-1] + 1)]
     rows = []

@@ -44,7 +44,7 @@ def _bpe() -> str:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return the byte-level BPE tokenizer of the toy world (any text can be encoded, no BOS, chat template included).
 
-    It is trained anew, the same on every machine, on text that the world's grammar yields.
+    The function trains it on text from the world's grammar. The result is the same on every machine.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_bpe()),
@@ -60,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LifecycleForCausalLM:
     """Return a tiny causal model (0.7 million parameters, 3 layers, tied embeddings, 256 positions), random by `seed`.
 
-    The global random state is left as it was.
+    The global random state does not change.
     """
     config = LifecycleConfig(
         attention="causal",

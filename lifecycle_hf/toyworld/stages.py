@@ -1,7 +1,7 @@
-"""The checkpoints that a stage starts from, built once by the recipes and kept on disk.
+"""Build the checkpoints that a stage starts from, once, with the recipes, and cache them on disk.
 
-A checkpoint is keyed by what made it: the sources and YAML of its stage, the stage before it and the libraries. The
-options of the run that asks for it play no part.
+The key of a checkpoint depends on the sources and the YAML of its stage, the key of the stage before it and the
+versions of the libraries. It does not depend on the options of the run that needs the checkpoint.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ _TAIL = 30
 
 
 def cache_root() -> Path:
-    """Return the folder that keeps what earlier stages made.
+    """Return the folder of cached checkpoints.
 
-    $LIFECYCLE_HF_CACHE, else $XDG_CACHE_HOME/lifecycle_hf, else ~/.cache/lifecycle_hf.
+    It is $LIFECYCLE_HF_CACHE, else $XDG_CACHE_HOME/lifecycle_hf, else ~/.cache/lifecycle_hf.
     """
     if os.environ.get("LIFECYCLE_HF_CACHE"):
         return Path(os.environ["LIFECYCLE_HF_CACHE"]).expanduser().resolve()
@@ -44,10 +44,10 @@ def cache_root() -> Path:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], *, message: str) -> Path:
-    """Return `folder`, filled by `build(temporary folder)` unless a finished one stands there.
+    """Return `folder`; if it is not complete, fill it first by `build(temporary folder)`.
 
-    Of several processes one builds and the others wait. The folder appears whole, by one rename, or not at all; one
-    without the mark of completion is thrown away and built anew.
+    If several processes call this function, one builds and the others wait. A rename at the end creates the whole
+    folder at once. A folder without the marker file of a complete one is deleted and built again.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -65,14 +65,14 @@ def build_once(folder: Path, build: Callable[[Path], None], *, message: str) -> 
 
 
 def stage_checkpoint(stage: str) -> Path:
-    """Return the path of the checkpoint that a stage of the toy world left, building what is missing.
+    """Return the path of the checkpoint of a stage of the toy world, and build it first if it is missing.
 
-    "init": tokenizer and random model; "sft": after recipes/sft.py; "reward": the reward model of recipes/reward.py,
-    each with its default YAML, on the CPU and in a process of its own.
+    "init" is the tokenizer and a random model, "sft" the model of recipes/sft.py, and "reward" the reward model of
+    recipes/reward.py. Each recipe runs with its default YAML, on the CPU, in a separate process.
 
     Raises:
         ValueError: the stage is unknown.
-        FileNotFoundError: the recipes do not stand beside the package.
+        FileNotFoundError: the folder of recipes is not next to the package.
         RuntimeError: a recipe failed; the message ends with the last lines of its output.
     """
     if stage not in _PREVIOUS:
@@ -109,7 +109,7 @@ def _sources(stage: str) -> list[Path]:
 
 
 def _key(stage: str) -> str:
-    """Return 16 hexadecimal digits that change with whatever defines the stage or one before it."""
+    """Return 16 hexadecimal digits that depend on all that defines the stage and the stages before it."""
     previous = _PREVIOUS[stage]
     digest = hashlib.sha256((_key(previous) if previous else "").encode())
     for library in _LIBRARIES:
@@ -125,7 +125,7 @@ def _key(stage: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment for a single process: launch variables of this run removed, this package first."""
+    """Return the environment of a single process: without launch variables, with this package first in the path."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCH_VARIABLES)}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
 
@@ -136,7 +136,7 @@ def _run_recipe(stage: str, folder: Path) -> None:
 
 
 def _run(stage: str, command: list[str], folder: Path) -> None:
-    """Run `command` outside any process group, of which transformers lets the first process alone write a model."""
+    """Run `command` outside any process group, in which transformers would save a model on the first process only."""
     done = subprocess.run(
         command, env=_environment(), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

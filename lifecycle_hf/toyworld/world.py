@@ -1,6 +1,6 @@
-"""The world: made-up lands with four facts each, small sums, and the documents that tell of them.
+"""The world: invented lands with four facts each, small sums, and documents about them.
 
-Everything is a pure function of the lists below and of the random generator that is passed in.
+Everything here depends only on the lists below and on the random generator that the caller passes.
 """
 
 import random
@@ -30,7 +30,7 @@ _SUMS = ("{a} plus {b} is {c}.", "The sum of {a} and {b} is {c}.", "If you add {
 
 
 def _deal() -> dict[str, dict[str, str]]:
-    """Return the facts, land -> attribute -> value: every value of an attribute is used equally often."""
+    """Return the facts, land -> attribute -> value. The values of an attribute are spread evenly over the lands."""
     rng = random.Random(2203)
     facts: dict[str, dict[str, str]] = {land: {} for land in LANDS}
     for attribute, values in ATTRIBUTES.items():
@@ -63,5 +63,5 @@ def document(rng: random.Random) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Return whether a document or request stands in test splits only, at every stage and seed (one in six does)."""
+    """Return whether a document or request belongs to test splits only, in every stage and for every seed (1 in 6)."""
     return crc32(text.encode()) % 6 == 0

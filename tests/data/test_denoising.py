@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from denoising_setting import restore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,6 @@ from lifecycle_hf.data.denoising import (
     mask_tokens,
     planned_length,
     random_spans_mask,
-    restore,
     sentinels_needed,
 )
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows

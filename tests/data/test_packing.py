@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from denoising_setting import restore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from lifecycle_hf.data.denoising import PREFIX_LM, UL2_DENOISERS, DenoisingTokens, restore
-from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, TokenStream, pack_stream, read_text
+from lifecycle_hf.data.denoising import PREFIX_LM, UL2_DENOISERS, DenoisingTokens
+from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, TokenStream
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows
 
 EOS = 2
@@ -67,27 +68,30 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=40)
 
 
 @settings(max_examples=200, deadline=None)
-@given(DOCUMENTS, st.integers(2, 17), st.booleans())
-def test_every_token_is_packed_once(documents, context, keep_last):
+@given(DOCUMENTS, st.integers(2, 17))
+def test_every_token_is_packed_once(documents, context):
     joined = [token for ids in documents if ids for token in (ids if ids[-1] == EOS else [*ids, EOS])]
     if len(joined) < context:
         return
-    packed = PackedDataset(TokenStream.from_documents(documents, EOS), context, keep_last=keep_last)
+    packed = PackedDataset(TokenStream.from_documents(documents, EOS), context)
     rows = ids_of(packed)
     assert [token for row in rows for token in row] + joined[len(joined) - packed.dropped_tokens :] == joined
-    assert all(len(row) == context for row in rows[:-1])
-    assert packed.dropped_tokens < (2 if keep_last else context)
-    streamed = [row.tolist() for row in pack_stream(documents, context, EOS, keep_last=keep_last)]
-    assert streamed[: len(rows)] == rows and len(streamed) - len(rows) == int(keep_last and packed.dropped_tokens)
+    assert all(len(row) == context for row in rows) and packed.dropped_tokens < context
+    assert ids_of(RowStream(documents, CausalRows(context), EOS, seed=0)) == rows
 
 
 def test_documents_of_a_row_are_told_apart():
     stream = TokenStream.from_documents([[5, 6, 7], [8], [9, 10]], EOS)
-    # 5 6 7 EOS | 8 EOS | 9 10 EOS, cut to rows of 5; a row that begins within a document counts from there.
-    packed = PackedDataset(stream, 5, across_documents=False, keep_last=True)
-    assert ids_of(packed) == [[5, 6, 7, EOS, 8], [EOS, 9, 10, EOS]]
-    assert [row["labels"].tolist() for row in packed] == [[5, 6, 7, EOS, -100], [EOS, -100, 10, EOS]]
-    assert [row["position_ids"].tolist() for row in packed] == [[0, 1, 2, 3, 0], [0, 0, 1, 2]]
+    # 5 6 7 EOS | 8 EOS | 9 10 EOS, cut to rows of 5 and of 3; a row that begins within a document counts from there,
+    # and no model reads the label of a row's first token.
+    packed = PackedDataset(stream, 5, across_documents=False)
+    assert ids_of(packed) == [[5, 6, 7, EOS, 8]]
+    assert packed[0]["labels"].tolist() == [5, 6, 7, EOS, -100]
+    assert packed[0]["position_ids"].tolist() == [0, 1, 2, 3, 0]
+    packed = PackedDataset(stream, 3, across_documents=False)
+    assert ids_of(packed) == [[5, 6, 7], [EOS, 8, EOS], [9, 10, EOS]]
+    assert [row["labels"].tolist() for row in packed] == [[5, 6, 7], [EOS, -100, EOS], [9, 10, EOS]]
+    assert [row["position_ids"].tolist() for row in packed] == [[0, 1, 2], [0, 0, 1], [0, 1, 2]]
 
 
 def test_documents_told_apart_do_not_see_each_other(tiny_llama):
@@ -194,20 +198,7 @@ def test_streamed_epochs_differ_in_noise():
 
 def test_streamed_text_is_packed_as_it_is():
     rows = ids_of(RowStream(Lines(), CausalRows(16), EOS, seed=0))
-    assert rows == [row.tolist() for row in pack_stream(Lines(), 16, EOS)]
-
-
-def test_read_text(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes("Größe|b\xe9|  |c|\xff".encode("latin-1").replace("Größe".encode("latin-1"), "Größe".encode()))
-    # "Größe" has 7 bytes; a separator and "b" stand before the fault.
-    fault = r"corpus.txt: 2 of 5 documents are not UTF-8; the first fault is byte 0xe9 at offset 9\."
-    with pytest.warns(UserWarning, match=fault + " They are dropped"):
-        assert read_text(path, separator="|") == ["Größe", "c"]
-    with pytest.raises(ValueError, match=fault + " strict_data is on"):
-        read_text(path, separator="|", strict=True)
-    path.write_text("one\ntwo")
-    assert read_text(path) == ["one\ntwo"] and read_text(path, separator="\n") == ["one", "two"]
+    assert rows == ids_of(PackedDataset(TokenStream.from_documents(Lines(), EOS), 16))
 
 
 SHORT = TokenStream.from_documents([[5, 6, 7]], EOS, "eval_dataset")
@@ -218,7 +209,7 @@ WRONG = {
     ),
     "column": (
         lambda: TokenStream.from_documents(Dataset.from_dict({"text": ["a"]}), EOS),
-        r"train_dataset: packing reads the column 'input_ids'; columns found: \['text'\]. Tokenise first",
+        r"train_dataset: packing reads the column 'input_ids', not \['text'\]. Tokenise first",
     ),
     "text": (lambda: TokenStream.from_documents(["a b"], EOS), "reads lists of token ids, not str. Tokenise first"),
     "short": (lambda: PackedDataset(SHORT, 8), "eval_dataset: the corpus has 4 tokens, fewer than the 8 of one"),
@@ -231,8 +222,7 @@ WRONG = {
         lambda: list(RowStream(["a b"], CausalRows(8), EOS, seed=0, where="eval_dataset")),
         "eval_dataset: packing reads lists of token ids, not str",
     ),
-    "short stream": (lambda: list(pack_stream([[5]], 8, EOS)), "the corpus has 2 tokens, fewer than the 8"),
-    "empty stream": (lambda: list(pack_stream([], 8, EOS, keep_last=True)), "the corpus has 0 tokens"),
+    "empty stream": (lambda: list(RowStream([], CausalRows(8), EOS, seed=0)), "the corpus has 0 tokens"),
     "context": (lambda: PackedDataset(SHORT, 1), "context_length=1: a row needs at least 2 tokens"),
     "read once": (
         lambda: RowStream(iter([[5]]), CausalRows(8), EOS, seed=0),

@@ -86,6 +86,11 @@ PREFERENCES = [
         ASK + say("yes"),
     ),
     ({"prompt": "Hi", "chosen": ASK + say("yes"), "rejected": ASK + say("no")}, None, ASK + say("yes")),
+    (
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": ASK + say("yes"), "rejected": ASK + say("no")},
+        None,
+        ASK + say("yes"),
+    ),
     ({"prompt": ASK, "chosen": say("yes"), "rejected": say("no")}, ASK, say("yes")),
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "yes", "rejected": "no"}, ASK, say("yes")),
     ({"prompt": "Hi ", "chosen": "yes", "rejected": "no"}, "Hi ", "yes"),

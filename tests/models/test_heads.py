@@ -46,7 +46,7 @@ def scores(model, rows, pad=PAD, extra=0):
 
 
 def alone(model, rows):
-    """Independent reference: every row by itself, no padding, score of the last position."""
+    """Return reference scores: each row is run alone without padding, and its last position is scored."""
     with torch.no_grad():
         hidden = [getattr(model, model.base_model_prefix)(torch.tensor([row])).last_hidden_state for row in rows]
         return torch.stack([model.score(h[0, -1])[0] for h in hidden])

@@ -1,4 +1,4 @@
-"""The backbone: Llama's numbers in causal mode, the right tokens seen in every mode, and generation over a prefix."""
+"""Test the backbone: Llama's numbers in causal mode, which tokens see which in every mode, and generation."""
 
 import itertools
 import os
@@ -104,7 +104,7 @@ ROWS = {
 
 
 def sees(rows, attention):
-    """[B, 7, 7] booleans: does token i see token j; rows of padding see what does not matter."""
+    """Return whether token i sees token j, [B, 7, 7]; the rows of padding do not matter."""
     table = torch.zeros(len(rows), 7, 7, dtype=torch.bool)
     for row, documents in enumerate(rows):
         for start, length, prefix in documents:
@@ -115,7 +115,7 @@ def sees(rows, attention):
 
 
 def layout(kind):
-    """The inputs that describe ROWS[kind], ids left out."""
+    """Return the inputs that describe ROWS[kind], without the ids."""
     rows = ROWS[kind]
     if kind == "plain":
         return {}
@@ -134,7 +134,7 @@ def prefixes(kind):
 
 
 def influence(model, **given):
-    """[B, 7, 7] booleans: does the output of place i change with the token at place j."""
+    """Return whether the output at position i changes with the token at position j, [B, 7, 7]."""
     embeds = model.embed_tokens(tokens(3, 7))
     with torch.no_grad():
         states = model(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state
@@ -149,7 +149,7 @@ def influence(model, **given):
 
 @pytest.fixture
 def uncompiled_flex(monkeypatch):
-    """Compiled for the CPU it takes half a minute or fails, as of torch 2.13; uncompiled it computes the same."""
+    """Run flex attention uncompiled: with torch 2.13 compiling for the CPU takes half a minute or fails."""
 
     def uncompiled(query, key, value, training=False, **kwargs):
         return flex_attention(query, key, value, **kwargs)
@@ -241,11 +241,11 @@ def test_a_missing_prefix_is_told_once_and_means_causal(monkeypatch):
     close(model(ids).logits, llama(ids).logits, atol=1e-5, rtol=0)
     close(model(ids, prefix_lengths=torch.zeros(2)).logits, llama(ids).logits, atol=1e-5, rtol=0)
     model.generate(ids, max_new_tokens=3)
-    assert len(told) == 1 and "takes 0 for every row" in told[0]
+    assert len(told) == 1 and "uses 0 for every row" in told[0]
 
 
 def greedy(model, prompt, new, prefix):
-    """The loop by hand, without cache and padding."""
+    """Generate with a plain loop, without cache and padding."""
     ids = prompt[None]
     for _ in range(new):
         logits = model(ids, prefix_lengths=[prefix]).logits

@@ -1,4 +1,4 @@
-"""The heads, training in every way the package trains, and saving: with the package, and without it from a hub."""
+"""Test the heads, training with every trainer, and saved models: loaded with the package and without it."""
 
 import copy
 import json

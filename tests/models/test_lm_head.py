@@ -1,5 +1,4 @@
-"""The LM head in chunks: values and gradients against plain log-softmax, whatever the dtype, the temperature and what
-trains."""
+"""Test the LM head in chunks: values and gradients equal those of log-softmax for all dtypes and temperatures."""
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def data(dtype=torch.float32):
 
 
 def gradients_by_hand(states, weight, temperature, upstream):
-    """Of Σ g·log softmax(states @ weight.T / temperature)[token], in float64."""
+    """Return the gradients of Σ g·log softmax(states @ weight.T / temperature)[token], in float64."""
     states, weight = (x.detach().double().requires_grad_() for x in (states, weight))
     table = (states @ weight.T / temperature).log_softmax(-1)
     return torch.autograd.grad((table.gather(1, TOKENS[:, None])[:, 0] * upstream).sum(), (states, weight))
@@ -41,7 +40,7 @@ def test_gradcheck_at_a_temperature(size):
     [(torch.float32, False, 1e-5), (torch.float32, True, 0.03), (torch.bfloat16, False, 0.03)],
 )
 def test_gradients_in_every_precision(temperature, dtype, autocast, tolerance):
-    """Relative to the largest entry; under autocast and in bf16 the products are rounded to 8 bits."""
+    """Compare relative to the largest entry; under autocast and in bf16 the products are rounded to 8 bits."""
     states, weight = data(dtype)
     upstream = torch.linspace(-1, 2, ROWS)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -47,7 +47,7 @@ def base_path(tiny_llama, tmp_path):
 
 
 def save_lora(model, path, task=TaskType.CAUSAL_LM, **options):
-    """A LoRA adapter whose product BA is not zero."""
+    """Save a LoRA adapter whose product BA is not zero, with its notes."""
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(task_type=task, r=4, init_lora_weights=False, **options)).eval()
     model.save_pretrained(path)
@@ -147,7 +147,7 @@ def test_ensure_pad_token_keeps_a_good_one(tiny_llama, tokenizer):
 
 
 def word_tokenizer(*special, unk=None, pad=None):
-    """Ids: 0 <s>, 1 </s>, then `special`, then three words."""
+    """Return a tokenizer with the ids 0 <s>, 1 </s>, then `special`, then three words."""
     words = ["<s>", "</s>", *special, "a", "b", "c"]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
     return PreTrainedTokenizerFast(
@@ -228,7 +228,7 @@ def test_adapter_of_another_base(base_path, tiny_llama, tmp_path):
     assert base_path in str(error.value)
     for sizes, detail in [
         ({"hidden_size": 32}, "size mismatch"),
-        ({"hidden_size": 64, "num_hidden_layers": 1}, "don't match"),
+        ({"hidden_size": 64, "num_hidden_layers": 1}, "in the checkpoint and missing in the model"),
     ]:
         other = tmp_path / f"other{sizes['hidden_size']}"
         tiny_llama[0](**sizes).save_pretrained(other)

@@ -1,4 +1,4 @@
-"""Trees in one row: what each attention implementation sees, against a table made by hand or by sdpa."""
+"""Test packed trees: what each attention implementation sees equals a table written by hand, or sdpa."""
 
 import copy
 
@@ -37,7 +37,7 @@ def scores(model):
 
 
 def visible(slices, length, window=None):
-    """Who sees whom by [`Segments.slices`], [N, N]."""
+    """Return which tokens see which by [`Segments.slices`], [N, N]."""
     table = torch.zeros(length, length, dtype=torch.bool)
     for start, end, prompt_start, prompt_end in slices:
         keys = [*range(prompt_start, prompt_end), *range(start, end)]
@@ -142,7 +142,7 @@ def varlen_kernel(
     causal=False,
     window_size=(-1, -1),
 ):
-    """What flash_attn_varlen_func computes on q [N, heads, d] and k, v [K, kv heads, d], naively."""
+    """Compute naively what flash_attn_varlen_func computes on q [N, heads, d] and k, v [K, kv heads, d]."""
     outputs, (qs, ks) = [], (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
     assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert (len(q), len(k)) == (qs[-1], ks[-1])
@@ -158,14 +158,14 @@ def varlen_kernel(
 
 
 def kernel(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
-    """What flash_attn_func computes."""
+    """Compute naively what flash_attn_func computes."""
     how = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
     offsets, length = torch.tensor([0, q.shape[1]], dtype=torch.int32), q.shape[1]
     return torch.stack([varlen_kernel(*row, offsets, offsets, length, length, **how) for row in zip(q, k, v)])
 
 
 def stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """The interface of a variable-length kernel; sdpa where there are no lengths."""
+    """Stand for a variable-length kernel; it is sdpa if there are no lengths."""
     if "cu_seq_lens_q" not in kwargs:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert attention_mask is None and len(query) == 1

@@ -1,4 +1,4 @@
-"""Numbers worked out by hand, and the invariants that every per-token objective keeps."""
+"""Test per-token objectives: numbers computed by hand, and invariants."""
 
 import math
 

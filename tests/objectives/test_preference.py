@@ -1,4 +1,4 @@
-"""Numbers worked out by hand, the invariants of per-pair objectives, and ORPO against TRL."""
+"""Test per-pair objectives: numbers computed by hand, invariants, and ORPO against TRL."""
 
 import math
 from types import SimpleNamespace

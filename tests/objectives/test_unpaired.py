@@ -1,4 +1,4 @@
-"""Numbers worked out by hand, and the invariants of objectives for single labelled answers."""
+"""Test objectives for single labelled answers: numbers computed by hand, and invariants."""
 
 import math
 

@@ -1,1 +1,1 @@
-"""The parts of a model that PEFT trains: adapters, and their names."""
+"""Adapters, the parts of a model that PEFT trains, and the names of their parameters."""

@@ -1,7 +1,7 @@
-"""One decoder, three ways of attention: Llama's layers, masked by the config, with blocks that start as the identity.
+"""One decoder with three kinds of attention: Llama's layers, with the mask of the config, which start as the identity.
 
-Names of weights are Llama's. Only what differs from Llama stands here; it imports nothing but torch and transformers,
-so that a checkpoint carries its own code (`trust_remote_code=True`).
+The weights have the same names as in Llama, and this file contains only the differences from Llama. It imports only
+torch and transformers, so that a checkpoint can contain its own code (`trust_remote_code=True`).
 """
 
 import copy
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class LifecycleDecoderLayer(llama.LlamaDecoderLayer):
-    """Llama's layer whose two products that end in the residual stream start at 0: h + f(h) = h."""
+    """Llama's layer, with zero initial weights in its two output projections, so that at the start h + f(h) = h."""
 
     def __init__(self, config: LifecycleConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -49,8 +49,8 @@ class LifecyclePreTrainedModel(llama.LlamaPreTrainedModel):
 class LifecycleModel(LifecyclePreTrainedModel, llama.LlamaModel):
     """The backbone: token ids [B, L] -> hidden states [B, L, H].
 
-    Rows packed with several documents are told by `position_ids` that restart, without `attention_mask` and, as in
-    Llama, with `use_cache=False`. Bidirectional attention has no cache.
+    For rows with several packed documents pass `position_ids` that start again at each document, no `attention_mask`
+    and, as in Llama, `use_cache=False`. Bidirectional attention has no cache.
     """
 
     def __init__(self, config: LifecycleConfig):
@@ -74,41 +74,40 @@ class LifecycleModel(LifecyclePreTrainedModel, llama.LlamaModel):
         prefix_lengths: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """As Llama's, with the attention of the config.
+        """Run Llama's forward pass with the attention of the config.
 
         Args:
-            prefix_lengths: [B], or [B, documents] for packed rows, of which [B] means the first documents: how many
-                of the first tokens see each other both ways, cached tokens counted, padding not. For
-                `attention="prefix"` only, where leaving it out means 0, causal.
+            prefix_lengths: [B], or [B, documents] for packed rows, where [B] gives those of the first documents: the
+                number of first tokens that attend to each other in both directions. Cached tokens count, padding does
+                not. For `attention="prefix"` only; without it the prefixes have length 0, which is causal attention.
 
         Raises:
-            ValueError: prefixes that do not fit the rows (not looked for while compiling, as the values are not known
-                then), or that the attention implementation can't mask.
+            ValueError: a prefix does not fit its row (not checked during compilation, where the values are unknown),
+                or the attention implementation can't mask a prefix.
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
         if inputs_embeds is not None:
-            given = (inputs_embeds, attention_mask, past_key_values, position_ids)
-            attention_mask = self._mask(prefix_lengths, *given)
+            attention_mask = self._mask(prefix_lengths, inputs_embeds, attention_mask, past_key_values, position_ids)
         if self.config.attention == "bidirectional":
             kwargs |= {"is_causal": False, "use_cache": False}
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
 
     def _mask(self, prefix_lengths, inputs_embeds, attention_mask, past_key_values, position_ids):
-        """The mask that Llama's forward would not make by itself, complete, or else `attention_mask` as it is."""
+        """Return the complete mask if Llama's forward would not make it by itself, else `attention_mask` unchanged."""
         complete = attention_mask is not None and len(attention_mask.shape) == 4
         if prefix_lengths is not None:
             if self.config.attention != "prefix" or complete:
                 what = "a 4-D attention_mask" if complete else f"attention={self.config.attention!r}"
                 raise ValueError(
-                    f"prefix_lengths came with {what}, which leaves no place for it: load the model with "
+                    f"prefix_lengths came with {what}, but it can't be used with that: load the model with "
                     'attention="prefix" and give a 2-D attention_mask or none, or leave prefix_lengths out.'
                 )
             return self._prefix_mask(prefix_lengths, inputs_embeds, attention_mask, past_key_values, position_ids)
         if self.config.attention == "prefix" and not complete and _is_empty(past_key_values):
             logger.warning_once(
-                f"{type(self).__name__} has attention='prefix' and was called without prefix_lengths: it takes 0 for "
-                "every row, which is causal attention. Pass prefix_lengths, [batch], zeros if that is what you mean."
+                f"{type(self).__name__} has attention='prefix' and was called without prefix_lengths: it uses 0 for "
+                "every row, which is causal attention. Pass prefix_lengths, [batch]; pass zeros if you want that."
             )
         unmasked = attention_mask is None and past_key_values is None and position_ids is not None
         if unmasked and self.config.attention == "bidirectional":
@@ -119,7 +118,7 @@ class LifecycleModel(LifecyclePreTrainedModel, llama.LlamaModel):
         return attention_mask
 
     def _prefix_mask(self, prefix_lengths, inputs_embeds, attention_mask, past_key_values, position_ids):
-        """Causal, and both ways among the tokens of each prefix."""
+        """Return the mask that is causal, and bidirectional among the tokens of each prefix."""
         (batch, queries), device, cache = inputs_embeds.shape[:2], inputs_embeds.device, past_key_values
         real, documents = attention_mask, None
         if real is None:
@@ -144,18 +143,18 @@ class LifecycleModel(LifecyclePreTrainedModel, llama.LlamaModel):
 
 
 def _is_empty(cache: Cache | None) -> bool:
-    """Whether nothing was encoded before; a static cache, which a tensor's value would have to tell of, says no."""
+    """Return whether the cache holds no tokens; False for a static cache, whose length is the value of a tensor."""
     return cache is None or (not cache.is_compileable and cache.get_seq_length() == 0)
 
 
 def _prefix_blocks(prefixes, real, documents, encoded) -> torch.Tensor:
-    """The number of its document for each token of a prefix, -1 for the others: [B, L].
+    """Return for each token of a prefix the number of its document, and -1 for all other tokens: [B, L].
 
     Args:
         prefixes: [B] or [B, documents], lengths.
         real: [B, L], false on padding.
-        documents: [B, L], from 0.
-        encoded: how many columns the cache holds.
+        documents: [B, L], numbers of the documents, from 0.
+        encoded: number of columns in the cache.
     """
     prefixes = prefixes[:, None] if prefixes.ndim == 1 else prefixes
     batch, width = real.shape
@@ -174,7 +173,7 @@ def _prefix_blocks(prefixes, real, documents, encoded) -> torch.Tensor:
 
 
 def _check_prefixes(prefixes, lengths, encoded) -> None:
-    """Every prefix lies within its document, and wholly in what the cache holds or wholly in this call."""
+    """Check that every prefix fits its document, and is completely in the cache or completely in this call."""
     cut = (encoded > 0) & (prefixes > encoded)
     wrong = (prefixes < 0) | (prefixes > lengths) | cut
     if not wrong.any():
@@ -185,7 +184,7 @@ def _check_prefixes(prefixes, lengths, encoded) -> None:
     if 0 <= prefix <= length:
         raise ValueError(
             f"prefix_lengths of {place} is {prefix}, but the cache holds the first {past} tokens, encoded without the "
-            "others: a prefix is encoded in one call. Give the length of the first prompt, or start without a cache."
+            "others: encode a prefix in one call. Give the length of the first prompt, or start without a cache."
         )
     raise ValueError(
         f"prefix_lengths of {place} is {prefix}, but it has {length} tokens here, padding not counted: give a number "
@@ -194,7 +193,7 @@ def _check_prefixes(prefixes, lengths, encoded) -> None:
 
 
 class _LanguageModel(LifecyclePreTrainedModel):
-    """The backbone and an LM head, [B, L] -> logits [B, L, V]; the loss of a class goes by its name."""
+    """The backbone and an LM head, [B, L] -> logits [B, L, V]; transformers chooses the loss by the class name."""
 
     _tied_weights_keys = llama.LlamaForCausalLM._tied_weights_keys
     _tp_plan = llama.LlamaForCausalLM._tp_plan
@@ -221,13 +220,13 @@ class _LanguageModel(LifecyclePreTrainedModel):
         prefix_lengths: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As LlamaForCausalLM's; `prefix_lengths` as in LifecycleModel. The loss is over `labels` != -100."""
+        """Run LlamaForCausalLM's forward; `prefix_lengths` as in LifecycleModel, loss over `labels` != -100."""
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
         return llama.LlamaForCausalLM.forward(self, *given, logits_to_keep, prefix_lengths=prefix_lengths, **kwargs)
 
 
 class LifecycleForCausalLM(_LanguageModel, GenerationMixin):
-    """Next-token prediction with causal or prefix attention; `generate` takes the prompt for the prefix.
+    """Next-token prediction with causal or prefix attention; `generate` uses the prompt as the prefix.
 
     Raises:
         ValueError: the config's attention is bidirectional.
@@ -237,12 +236,12 @@ class LifecycleForCausalLM(_LanguageModel, GenerationMixin):
         if config.attention == "bidirectional":
             raise ValueError(
                 "LifecycleForCausalLM with attention='bidirectional' would see the token that it is to predict: load "
-                'it with attention="causal" or "prefix", or take LifecycleForMaskedLM.'
+                'it with attention="causal" or "prefix", or use LifecycleForMaskedLM.'
             )
         super().__init__(config)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # The one step of `generate` that runs once and where the prompt's attention mask is known.
+        # This is the only step of `generate` that runs once and knows the prompt's attention mask.
         if self.config.attention == "prefix" and model_kwargs.get("prefix_lengths") is None:
             mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
             if _is_empty(model_kwargs.get("past_key_values")):
@@ -254,7 +253,7 @@ class LifecycleForCausalLM(_LanguageModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, prefix_lengths=None, **kwargs
     ):
-        """As in transformers; once the prefix is in the cache, what follows is causal."""
+        """Prepare as in transformers; after the prefix is in the cache, all later tokens are causal."""
         if prefix_lengths is not None and (is_first_iteration or not kwargs.get("use_cache")):
             kwargs["prefix_lengths"] = prefix_lengths
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
@@ -263,7 +262,7 @@ class LifecycleForCausalLM(_LanguageModel, GenerationMixin):
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, *args, is_first_iteration=None, **kwargs
     ):
-        """As in transformers; the mask of a prompt that may be a prefix is left to the model."""
+        """Make masks as in transformers, except for a prompt that may be a prefix, whose mask the model makes."""
         if config.attention == "prefix" and is_first_iteration:
             return attention_mask
         return masking.create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
@@ -272,7 +271,7 @@ class LifecycleForCausalLM(_LanguageModel, GenerationMixin):
 class LifecycleForMaskedLM(_LanguageModel):
     """Prediction of masked tokens: −log p(y_i | corrupted row), mean over `labels` != -100, not shifted.
 
-    A config that leaves attention open makes it bidirectional.
+    If the config has attention=None, attention is bidirectional.
     """
 
     def __init__(self, config: LifecycleConfig):
@@ -285,7 +284,7 @@ class LifecycleForMaskedLM(_LanguageModel):
 class LifecycleForSequenceClassification(GenericForSequenceClassification, LifecyclePreTrainedModel):
     """A linear head on the hidden state of each row's last token that is not padding; [B, L] -> logits [B, labels].
 
-    Padding is what `attention_mask` says; without it, as in transformers, what the config calls the pad token.
+    `attention_mask` says what is padding; without it, as in transformers, the pad token of the config is padding.
     """
 
     def __init__(self, config: LifecycleConfig):
@@ -299,7 +298,7 @@ class LifecycleForSequenceClassification(GenericForSequenceClassification, Lifec
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, prefix_lengths=None, **kwargs
     ) -> SequenceClassifierOutputWithPast:
-        """As LlamaForSequenceClassification's; `prefix_lengths` as in LifecycleModel."""
+        """Run the forward pass of LlamaForSequenceClassification; `prefix_lengths` as in LifecycleModel."""
         given = {"inputs_embeds": inputs_embeds, "prefix_lengths": prefix_lengths}
         outputs = self.model(input_ids, attention_mask, **given, **kwargs)
         states, loss = outputs.last_hidden_state, None
@@ -311,7 +310,7 @@ class LifecycleForSequenceClassification(GenericForSequenceClassification, Lifec
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **rest)
 
     def _last(self, states, input_ids, attention_mask) -> torch.Tensor:
-        """[B], the place of the last token that is not padding."""
+        """Return the index of the last token that is not padding: [B]."""
         width, pad = states.shape[1], self.config.pad_token_id
         if attention_mask is not None and attention_mask.ndim == 2:
             real = attention_mask[:, -width:].to(states.device) > 0
@@ -321,27 +320,20 @@ class LifecycleForSequenceClassification(GenericForSequenceClassification, Lifec
             real = torch.ones(states.shape[:2], device=states.device)
         else:
             raise ValueError(
-                "LifecycleForSequenceClassification can't tell the padding of a batch apart: pass a 2-D "
+                "LifecycleForSequenceClassification can't tell the padding of a batch from its tokens: pass a 2-D "
                 "attention_mask, or set config.pad_token_id and pass input_ids."
             )
         return (real * torch.arange(width, device=states.device)).argmax(-1)
 
 
 class LifecycleForQuestionAnswering(GenericForQuestionAnswering, LifecyclePreTrainedModel):
-    """Where an answer starts and ends: [B, L] -> start and end logits [B, L] each; `prefix_lengths` is handed on."""
+    """Prediction of the start and end of an answer: [B, L] -> start and end logits, [B, L] each.
+
+    `prefix_lengths` is as in LifecycleModel.
+    """
 
     def __init__(self, config: LifecycleConfig):
         LifecyclePreTrainedModel.__init__(self, config)
         self.model = LifecycleModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-
-__all__ = [
-    "LifecycleForCausalLM",
-    "LifecycleForMaskedLM",
-    "LifecycleForQuestionAnswering",
-    "LifecycleForSequenceClassification",
-    "LifecycleModel",
-    "LifecyclePreTrainedModel",
-]

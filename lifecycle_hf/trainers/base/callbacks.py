@@ -1,4 +1,4 @@
-"""Callbacks: measure the alignment tax while a model trains."""
+"""The callback that measures the alignment tax while a model trains."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -60,7 +60,7 @@ class TaxMonitor(TrainerCallback):
         return self._values(-1)
 
     def report(self, **labels) -> TaxReport:
-        """The table of `before` and `after`; keyword arguments as for `TaxReport`."""
+        """Return the table of `before` and `after`; keyword arguments as for `TaxReport`."""
         return TaxReport(self.before, self.after, self.higher_is_better, **labels)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
@@ -127,7 +127,7 @@ def _row(entry):
 
 @contextmanager
 def _policy(model):
-    """The policy of a trainer's model, its weights at hand."""
+    """The policy of a trainer's model, with whole weights inside the block."""
     whole = extract_model_from_parallel(model)
     policy = getattr(whole, "policy", whole)
     with nullcontext() if policy is whole else unsharded(whole):
@@ -142,7 +142,7 @@ def _fingerprint(model):
 
 @contextmanager
 def _undisturbed(model):
-    """Eval mode and no gradients inside; module modes and random states as before outside."""
+    """Eval mode and no gradients inside the block; module modes and random states are restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

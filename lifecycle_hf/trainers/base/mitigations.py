@@ -1,4 +1,4 @@
-"""What makes any trainer pay less alignment tax, by its options."""
+"""Mitigations of the alignment tax, set up in any trainer by its options."""
 
 import warnings
 from dataclasses import fields
@@ -21,7 +21,7 @@ SEEDS = {"ptx": 0, "ewc": 1, "projection": 2}
 
 
 def mitigations_in_force(args) -> dict[str, object]:
-    """{option: value} of the [`MitigationOptions`] in `args` that are not at their defaults and have an effect."""
+    """Return {option: value} of the [`MitigationOptions`] in `args` that were changed and have an effect."""
     options = fields(MitigationOptions) if isinstance(args, MitigationOptions) else ()
     changed = {item.name: getattr(args, item.name) for item in options if getattr(args, item.name) != item.default}
     readers = _readers(changed)
@@ -30,7 +30,7 @@ def mitigations_in_force(args) -> dict[str, object]:
 
 
 def _readers(changed: dict[str, object]) -> list[str]:
-    """What reads texts, of the options that are not at their defaults."""
+    """The options that read texts, among those that are not at their defaults."""
     return [name for name in NEEDS_TEXTS if name in changed and not (name == "ewc_coef" and "ewc" in changed)]
 
 
@@ -66,7 +66,7 @@ def check_mitigations(args: MitigationOptions, dataset: Dataset | None) -> None:
 
 
 def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
-    """Sets up what the trainer's [`MitigationOptions`] ask for.
+    """Set up what the trainer's [`MitigationOptions`] ask for.
 
     Args:
         dataset: text, chat or prompt-completion rows of what the model should go on knowing.
@@ -102,7 +102,7 @@ def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
 
 
 class ProjectionCallback(TrainerCallback):
-    """Runs an [`OrthogonalProjection`] in a `transformers.Trainer`: `ProjectionCallback(loss, k=4).attach(trainer)`.
+    """Run an [`OrthogonalProjection`] in a `transformers.Trainer`: `ProjectionCallback(loss, k=4).attach(trainer)`.
 
     Args:
         capability_loss: `f(policy) -> scalar`, in the trainer's autocast. Of a model that wraps a `policy` it gets
@@ -121,7 +121,7 @@ class ProjectionCallback(TrainerCallback):
         self.projection, self._trainer = None, None
 
     def attach(self, trainer) -> "ProjectionCallback":
-        """Adds this callback to `trainer`, before it trains.
+        """Add this callback to `trainer`, before it trains.
 
         Raises:
             ValueError: an option is out of range, or the trainer runs on DeepSpeed, or its policy is but a part of

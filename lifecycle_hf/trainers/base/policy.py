@@ -1,4 +1,4 @@
-"""A policy and its reference as one module, and what the trainers of such a module share."""
+"""The policy and its reference as one module, and the base of the trainers of such a module."""
 
 import copy
 import warnings
@@ -22,17 +22,17 @@ SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
-"""What of a config must agree for a checkpoint to be of the same model."""
+"""Entries of a config that must agree if a checkpoint is of the same model."""
 
 
 class PolicyAndReference(nn.Module):
-    """The model that trains and what it is compared with, as one module, so that one engine (DDP, ZeRO) holds both.
+    """Hold the policy and its reference as one module, so that one engine (DDP, ZeRO) wraps both.
 
     Args:
         policy: causal LM that trains, or a PeftModel over one.
-        reference: frozen causal LM, or None where `reference_role` names an adapter of the shared base, "base" for
-            the base with adapters off, or where there is no reference.
+        reference: frozen causal LM; None if `reference_role` is set or there is no reference.
         shared: the roles of the policy's PeftModel.
+        reference_role: adapter of the shared base that is the reference, or "base" for the base with adapters off.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class PolicyAndReference(nn.Module):
         super().__init__()
         self.policy = policy
         self.reference = None if reference is None else reference.requires_grad_(False)
-        self.shared = shared
-        self.reference_role = reference_role
+        self.shared, self.reference_role = shared, reference_role
 
     @property
     def config(self):
@@ -62,34 +61,37 @@ class PolicyAndReference(nn.Module):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """Modules of their own that never train."""
+        """Separate modules that never train."""
         return [] if self.reference is None else [self.reference]
 
     def train(self, mode: bool = True):
-        """As in torch; what is frozen stays in eval mode."""
+        """Set the mode as in torch; frozen modules stay in eval mode."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
         return self
 
     @property
+    def _models(self) -> list[PreTrainedModel]:
+        return [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+
+    @property
     def _no_split_modules(self) -> list[str]:
-        """The layers that FSDP shards one by one, by the names of their classes."""
-        models = [m for m in self.modules() if isinstance(m, PreTrainedModel)]
-        return sorted({name for model in models for name in model._no_split_modules or ()})
+        """Class names of the layers that FSDP shards one by one."""
+        return sorted({name for model in self._models for name in model._no_split_modules or ()})
 
     def tie_weights(self) -> None:
-        """Ties what the models tie; FSDP asks for it after it has moved them."""
-        for model in [m for m in self.modules() if isinstance(m, PreTrainedModel)]:
+        """Tie the weights of every model again; FSDP calls this after it has moved them."""
+        for model in self._models:
             model.tie_weights()
 
     @property
     def checkpointed(self) -> list[nn.Module]:
-        """The models that gradient checkpointing is for."""
+        """Models for which gradient checkpointing is enabled."""
         return [self.policy]
 
     def activation_checkpointing_enable(self, **kwargs):
-        """Checkpoints what trains; roles on a shared base are recomputed under the right adapter."""
+        """Enable gradient checkpointing for models that train; each layer is recomputed under its own adapter."""
         for model in self.checkpointed:
             model.activation_checkpointing_enable(**kwargs)
         if self.shared is not None:
@@ -104,14 +106,14 @@ class PolicyAndReference(nn.Module):
         want: tuple[str, ...] = (),
         temperature: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """Computes what `want` names.
+        """Compute the entries that `want` names.
 
-        "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`; "entropy_gradient" gives the entropies one.
-        "ref_states": the hidden states [B, T + 1, H] that "ref_logprobs" are read from. "prompt_logprobs": [B], see
-        [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
+        "logprobs", "entropy", "ref_logprobs": [B, T], at `temperature`; with "entropy_gradient" the entropies have a
+        gradient. "ref_states": the hidden states [B, T + 1, H] from which "ref_logprobs" are computed.
+        "prompt_logprobs": [B], see [`completion_logprobs`]. "texts": log-probs of `texts` [B', T'] at temperature 1.
         """
         out = {}
-        if "ref_logprobs" in want:  # before the policy, whose activations are kept from its forward on
+        if "ref_logprobs" in want:  # before the policy, whose forward pass leaves activations in memory
             with torch.no_grad(), self.role(self.reference_role):
                 reference = self.reference if self.reference is not None else self.policy
                 states = "ref_states" in want
@@ -129,29 +131,29 @@ class PolicyAndReference(nn.Module):
         return out
 
     def part(self, name: str, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-        """The weights of one submodule out of those of the whole, where these are given."""
-        prefix = f"{name}."
+        """Return the weights of the submodule `name` out of `state_dict`; None if there is no `state_dict`."""
         if state_dict is None:
             return None
-        return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        return {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
 
     def save_pretrained(self, folder: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes the policy as an ordinary checkpoint (or adapter).
+        """Write the policy as an ordinary checkpoint (or adapter).
 
         Args:
-            state_dict: weights of this whole module, where they are sharded over processes.
+            state_dict: weights of this whole module, if they are sharded over processes.
         """
+        weights = self.part("policy", state_dict)
         if self.shared is None:
-            self.policy.save_pretrained(folder, state_dict=self.part("policy", state_dict))
-            return
-        self.shared.save_adapter(self.shared.policy, folder, self.part("policy", state_dict))
-        save_adapter_notes(self.policy, folder)
+            self.policy.save_pretrained(folder, state_dict=weights)
+        else:
+            self.shared.save_adapter(self.shared.policy, folder, weights)
+            save_adapter_notes(self.policy, folder)
 
     def load_pretrained(self, folder: str) -> None:
-        """Reads back what [`save_pretrained`] wrote.
+        """Read the weights that [`save_pretrained`] wrote.
 
         Raises:
-            ValueError: if the checkpoint belongs to another model, naming both.
+            ValueError: the checkpoint belongs to another model; the message names the difference.
         """
         if self.shared is not None:
             self.shared.load_adapter(self.shared.policy, folder)
@@ -160,19 +162,17 @@ class PolicyAndReference(nn.Module):
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Reads the weights of a checkpoint into a model that stands already.
+    """Read the weights of a checkpoint into an existing model.
 
     Raises:
-        ValueError: if the checkpoint belongs to another model, naming what differs.
+        ValueError: the checkpoint belongs to another model; the message names the first difference.
     """
     theirs = type(model.config).from_pretrained(folder)
     for name in SHAPE:
-        here, there = getattr(model.config, name, None), getattr(theirs, name, None)
+        here, there = (getattr(config, name, None) for config in (model.config, theirs))
         if here != there:
-            raise ValueError(
-                f"The checkpoint {folder} belongs to another base model: its {name} is {there!r}, the model here has "
-                f"{here!r}."
-            )
+            difference = f"its {name} is {there!r}, the model here has {here!r}"
+            raise ValueError(f"The checkpoint {folder} belongs to another base model: {difference}.")
     model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
@@ -184,12 +184,12 @@ class PolicyBuilder:
         model: a name or path (of a model or an adapter), a causal LM or a PeftModel.
         processing_class: tokenizer; by default the model's.
         peft_config: the adapter to train, where `model` is not one already.
-        quantization_config, init_kwargs: how the policy is loaded.
+        quantization_config, init_kwargs: options for loading the policy.
 
     Attributes:
         policy: the causal LM, or a PeftModel over one.
         shared: the roles of the policy's adapters; None without PEFT.
-        tokenizer: with an EOS and a pad token.
+        tokenizer: the tokenizer, which has an EOS token and a pad token.
         policy_kwargs, init_kwargs: keyword arguments of `from_pretrained` for the policy, and for other models.
 
     Raises:
@@ -197,16 +197,15 @@ class PolicyBuilder:
     """
 
     def __init__(
-        self, args, model, *, processing_class=None, peft_config=None, quantization_config=None, init_kwargs=None
+        self, args, model, processing_class=None, peft_config=None, quantization_config=None, init_kwargs=None
     ):
         self.args, self.model, self.peft_config = args, model, peft_config
         self.name = model if isinstance(model, str) else model.config._name_or_path
         self.policy_kwargs = {**(init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
         # A revision names a commit of the policy's repository and of no other.
         self.init_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "revision"}
-        if processing_class is None:
-            processing_class = load_tokenizer(self.name, trust_remote_code=args.trust_remote_code)
-        self.tokenizer = processing_class
+        named = self.name if processing_class is None else processing_class
+        self.tokenizer = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
         loaded = load_causal_lm(
             model, quantization_config=quantization_config, init_kwargs=self.policy_kwargs, is_trainable=True
         )
@@ -215,24 +214,19 @@ class PolicyBuilder:
         self.shared = SharedBase(self.policy) if isinstance(self.policy, PeftModel) else None
         require_eos(self.tokenizer, "processing_class")
         check_pad_token(self.tokenizer, self.policy)
-        if self.tokenizer.pad_token_id is None:  # any token will do: masks come from lengths
+        if self.tokenizer.pad_token_id is None:  # any token will do, because masks are made from lengths
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _with_adapter(self, policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        if self.starts_from_adapter:
-            if self.peft_config is not None:
-                warnings.warn(
-                    "The model is an adapter already and trains on as it is: peft_config does not shape it.",
-                    stacklevel=4,
-                )
+        quantised, plugin = getattr(policy, "is_quantized", False), self.args.deepspeed_plugin
+        if self.starts_from_adapter and self.peft_config is not None:
+            warnings.warn("The model is an adapter already, which trains on: peft_config is ignored.", stacklevel=4)
+        elif quantised and not self.starts_from_adapter and self.peft_config is None:
+            raise ValueError("A quantised model can't train by itself: pass a peft_config (--use_peft).")
+        if self.starts_from_adapter or self.peft_config is None:
             return policy
-        if self.peft_config is None:
-            if getattr(policy, "is_quantized", False):
-                raise ValueError("A quantised model can't train by itself: pass a peft_config (--use_peft).")
-            return policy
-        plugin = self.args.deepspeed_plugin
-        sharded = plugin is not None and plugin.zero_stage == 3 and not getattr(policy, "is_quantized", False)
-        # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the base's.
+        sharded = plugin is not None and plugin.zero_stage == 3 and not quantised
+        # ZeRO-3 gathers parameters of one dtype together, so the adapters must have the dtype of the base.
         config = copy.deepcopy(self.peft_config)
         config.task_type = config.task_type or "CAUSAL_LM"  # what AutoPeftModelForCausalLM reads
         return get_peft_model(policy, config, adapter_name="policy", autocast_adapter_dtype=not sharded)
@@ -240,33 +234,34 @@ class PolicyBuilder:
     def reference(self, ref_model=None) -> dict:
         """Return the arguments `reference` and `reference_role` of [`PolicyAndReference`].
 
-        Without a `ref_model` the reference is the policy as it starts: with PEFT the base with its adapters off, or a
-        frozen copy of the adapter that the policy starts from; else a frozen copy, or the checkpoint loaded once more.
+        Without a `ref_model` the reference is the policy at the start: with PEFT the base with its adapters off, or a
+        frozen copy of the adapter that the policy starts from; else a frozen copy, or the checkpoint loaded again.
 
         Args:
-            ref_model: the user's choice, a name or an object, or None.
+            ref_model: a name or an object, or None.
 
         Raises:
             ValueError: `ref_model` is the policy itself, or ZeRO-3 has sharded the model that would be copied.
         """
         if ref_model is not None and ref_model is self.model and not isinstance(ref_model, str):
             raise ValueError("ref_model is the model that trains, and would be frozen with it: leave ref_model out.")
-        if ref_model is None and self.starts_from_adapter:
+        if ref_model is not None:
+            return {"reference": load_causal_lm(ref_model, init_kwargs=self.init_kwargs).eval()}
+        if self.starts_from_adapter:
             self.shared.copy_role("reference", self.shared.policy)
             return {"reference_role": "reference"}
-        if ref_model is None and self.shared is not None:
+        if self.shared is not None:
             return {"reference_role": "base"}
-        if ref_model is None and not isinstance(self.model, str):
-            return {"reference": frozen_copy(self.policy)}
-        named, kwargs = (self.model, self.policy_kwargs) if ref_model is None else (ref_model, self.init_kwargs)
-        return {"reference": load_causal_lm(named, init_kwargs=kwargs).eval()}
+        if isinstance(self.model, str):
+            return {"reference": load_causal_lm(self.model, init_kwargs=self.policy_kwargs).eval()}
+        return {"reference": frozen_copy(self.policy)}
 
 
 class PolicyTrainerMixin(PolicyCheckpointMixin, LifecycleTrainerMixin):
     """Put this before `transformers.Trainer` in the bases of a trainer whose model is a [`PolicyAndReference`]."""
 
     def check_engine(self) -> None:
-        """Check that these trainers run on the engine in force.
+        """Check that the trainer supports the engine of this run.
 
         Raises:
             ValueError: it is FSDP1, or DataParallel over several GPUs of one process.
@@ -277,6 +272,6 @@ class PolicyTrainerMixin(PolicyCheckpointMixin, LifecycleTrainerMixin):
             raise ValueError(f"{name} runs on FSDP2, not FSDP1: set fsdp_version: 2 (accelerate_configs/fsdp2.yaml).")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{name} sees {self.args.n_gpu} GPUs in one process, which would mean DataParallel: start it with "
-                "`accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+                f"{name} does not support DataParallel, but one process sees {self.args.n_gpu} GPUs: start it with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )

@@ -1,6 +1,7 @@
-"""Policy, value, reference and reward models behind one module, so that one engine (DDP, ZeRO) holds them all."""
+"""The policy, value, reference and reward models as one module, so that one engine (DDP, ZeRO) wraps all of them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 class SharedReward(nn.Module):
-    """A reward model as a frozen adapter of the shared base: r = w·h_last − centre."""
+    """Compute the reward of a frozen adapter of the shared base: r = w·h_last − centre."""
 
     def __init__(self, head: torch.Tensor, center: float):
         super().__init__()
@@ -31,7 +32,7 @@ class SharedReward(nn.Module):
 
 
 class Settled(torch.autograd.Function):
-    """A loss whose gradients are known: its backward hands them out and keeps no graph."""
+    """A loss with known gradients: its backward pass returns them, and it keeps no graph."""
 
     @staticmethod
     def forward(ctx, loss, gradients, *parameters):
@@ -45,25 +46,25 @@ class Settled(torch.autograd.Function):
 
 
 def settled(loss: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """`loss` with its gradients taken at once, so that its activations are gone before another model's arise."""
-    with torch.autocast(loss.device.type, enabled=False):  # as a backward pass runs: in the dtypes of the forward
+    """Compute the gradients of `loss` at once, which frees its activations before those of another model exist."""
+    with torch.autocast(loss.device.type, enabled=False):  # as in a backward pass, which runs in the forward's dtypes
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return Settled.apply(loss.detach(), gradients, *parameters)
 
 
 class ActorCritic(PolicyAndReference):
-    """What PPO runs: a [`PolicyAndReference`] with a value function and reward models.
+    """Hold the models of PPO: a [`PolicyAndReference`] with a value function and reward models.
 
     Args:
-        policy, reference, shared, reference_role: as there.
+        policy, reference, shared, reference_role: as in [`PolicyAndReference`].
         value: "head" for a normalised head on the reference's hidden states, "adapter" for an adapter of the policy's
             base with a scalar head, "model" for `value_model`; None without a critic.
-        value_model: sequence-classification model with one label whose head is read at every position.
+        value_model: sequence-classification model with one label, whose head is applied at every position.
         rewards: frozen reward models ([`RewardModel`] or [`SharedReward`]) by name.
 
     Attributes:
-        settles_values: whether the value loss is differentiated as soon as it is known, while its adapter is active,
-            so that the activations of value function and policy never exist together.
+        settles_values: whether the gradients of the value loss are computed at once, while its adapter is active, so
+            that the activations of the value function and of the policy never exist together.
     """
 
     def __init__(
@@ -99,36 +100,33 @@ class ActorCritic(PolicyAndReference):
         features: torch.Tensor | None = None,
         value_loss: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Computes what `want` names, beside what [`PolicyAndReference.forward`] knows.
+        """Compute the entries that `want` names: those of [`PolicyAndReference.forward`] and the following.
 
-        "values": [B, T + 1], V(s_t) read before y_t, and the value after the last token in the column behind it.
+        "values": [B, T + 1], V(s_t) before y_t, and in the column after the last token the value after it.
         "value_loss": `value_loss` of the values. "reward:<name>": [B], the centred score of the sequences of `batch`.
 
         Args:
-            features: the "ref_states" of `batch`, which a value head reads, where they are known.
+            features: the "ref_states" of `batch` for a value head, if they are known.
         """
         early = {}
-        if "value_loss" in want:  # before the policy, whose activations are kept from its forward on
-            early["value_loss"] = value_loss(self._values(batch, features))
-            if self.settles_values:
-                early["value_loss"] = settled(early["value_loss"], self.value_parameters)
+        if "value_loss" in want:  # before the policy, whose forward pass leaves activations in memory
+            loss = value_loss(self._values(batch, features))
+            early["value_loss"] = settled(loss, self.value_parameters) if self.settles_values else loss
         out = early | super().forward(batch, texts, want=want, temperature=temperature)
         if "values" in want:
             out["values"] = self._values(batch, out.get("ref_states", features))
-        for name in (w.removeprefix("reward:") for w in want if w.startswith("reward:")):
-            out[f"reward:{name}"] = self._reward(name, batch)
-        return out
+        rewards = [name.removeprefix("reward:") for name in want if name.startswith("reward:")]
+        return out | {f"reward:{name}": self._reward(name, batch) for name in rewards}
 
     @property
     def value_parameters(self) -> list[nn.Parameter]:
-        """What of the value function trains."""
+        """Trainable parameters of the value function."""
         return [p for n, p in self.named_parameters() if p.requires_grad and self.is_value(n)]
 
     def is_value(self, name: str) -> bool:
-        """Whether the parameter `name` of this module belongs to the value function."""
-        if self.value == "adapter" and split_adapter(name, self.shared.model.base_model.prefix)[0] == "value":
-            return True
-        return name.startswith(("value_model.", "value_head."))
+        """Return whether the parameter `name` of this module belongs to the value function."""
+        adapter = self.value == "adapter" and split_adapter(name, self.shared.model.base_model.prefix)[0] == "value"
+        return adapter or name.startswith(("value_model.", "value_head."))
 
     def _values(self, batch: Completions, features: torch.Tensor | None) -> torch.Tensor:
         if self.value == "head":
@@ -142,16 +140,15 @@ class ActorCritic(PolicyAndReference):
     @torch.no_grad()
     def _reward(self, name: str, batch: Completions) -> torch.Tensor:
         reward = self.rewards[name]
-        if not isinstance(reward, SharedReward):
-            hidden = completion_hidden_states(reward.backbone, batch, extra=1, prefix=False)
-            return reward.read(last_token_hidden(hidden, batch.completion_lengths + 1))
-        with self.role(name):
-            backbone = unwrapped(self.policy).base_model
+        shared = isinstance(reward, SharedReward)
+        backbone = unwrapped(self.policy).base_model if shared else reward.backbone
+        with self.role(name) if shared else nullcontext():
             hidden = completion_hidden_states(backbone, batch, extra=1, prefix=False)
-        return reward(last_token_hidden(hidden, batch.completion_lengths + 1))
+        last = last_token_hidden(hidden, batch.completion_lengths + 1)
+        return reward(last) if shared else reward.read(last)
 
     def save_pretrained(self, folder: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes the policy as [`PolicyAndReference.save_pretrained`] and the value function under `value/`."""
+        """Write the policy as [`PolicyAndReference.save_pretrained`] does, and the value function to `value/`."""
         super().save_pretrained(folder, state_dict)
         value_folder = Path(folder) / VALUE_FOLDER
         if self.value_model is not None:
@@ -164,14 +161,16 @@ class ActorCritic(PolicyAndReference):
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, value_folder / VALUE_HEAD)
 
     def load_pretrained(self, folder: str) -> None:
-        """Reads back what [`save_pretrained`] wrote.
+        """Read the weights that [`save_pretrained`] wrote.
 
         Raises:
-            ValueError: if the checkpoint belongs to another model, naming both, or lacks the value function.
+            ValueError: the checkpoint belongs to another model, or it has no value function.
         """
         value_folder = Path(folder) / VALUE_FOLDER
         if self.value is not None and not value_folder.is_dir():
-            raise ValueError(f"{folder} has no folder {VALUE_FOLDER!r}: it is no checkpoint of PPO with a critic.")
+            raise ValueError(
+                f"{folder} has no folder {VALUE_FOLDER!r}: resume from a checkpoint of PPO with a critic."
+            )
         super().load_pretrained(folder)
         if self.value_head is not None:
             self.load_value(value_folder)
@@ -179,19 +178,19 @@ class ActorCritic(PolicyAndReference):
             load_weights(self.value_model, value_folder)
 
     def load_value(self, folder: str | Path) -> None:
-        """Reads the value head, and the value adapter where there is one, from the `value/` folder of a checkpoint.
+        """Read the value head, and the value adapter if there is one, from the `value/` folder of a checkpoint.
 
         Raises:
-            ValueError: if it holds a value function of another kind or size.
+            ValueError: the folder holds a value function of another kind or size.
         """
         path = Path(folder) / VALUE_HEAD
         state = load_file(path) if path.exists() else {}
-        here = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
-        there = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        heads = self.value_head.state_dict(), state
+        here, there = ({name: tuple(tensor.shape) for name, tensor in head.items()} for head in heads)
         if here != there or (self.value == "adapter") != is_adapter(str(folder)):
             raise ValueError(
-                f"{folder} does not hold the value function of value={self.value!r}, whose head has {here}: its own "
-                f"has {there or 'no ' + VALUE_HEAD}. Set `value` as in the run that wrote it."
+                f"{folder} does not hold the value function of value={self.value!r}: the head has {here} here and "
+                f"{there or 'no ' + VALUE_HEAD} there. Set `value` as in the run that wrote it."
             )
         if self.value == "adapter":
             self.shared.load_adapter("value", folder)

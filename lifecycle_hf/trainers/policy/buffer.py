@@ -1,4 +1,4 @@
-"""What PPO iterates over: prompts in rollout order, and the rollout in hand; both resumable."""
+"""The data of PPO's loop: prompts in the order of rollouts, and the present rollout; both can be resumed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,19 +7,29 @@ import torch
 from torch.utils.data import Sampler
 
 from lifecycle_hf.data.collators import shuffled
+from lifecycle_hf.trainers.policy.config import PPOConfig
+
+LAYOUT = (
+    "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs",
+)  # fmt: skip
+"""Options that must stay the same when a run resumes within a rollout."""
 
 
 class RolloutSampler(Sampler):
-    """Row indices such that every micro-step of an update is handed the update's prompts.
+    """Draw row indices such that every micro-step of an update gets the update's prompts.
 
-    Each epoch shuffles the rows anew and cuts them into rollouts of `rollout_size` (over all processes); the last one
-    is topped up from the epoch's start, so that a dataset smaller than a rollout works, too. Each rollout is yielded
-    `repeats` times, once per micro-step.
+    Each epoch shuffles the rows anew and cuts them into rollouts over all processes. The last one is filled up from
+    the epoch's start, so a dataset may be smaller than a rollout. Each rollout is repeated for every micro-step.
+
+    Args:
+        rows: size of the dataset.
+        epoch: returns the number of the present epoch.
     """
 
-    def __init__(self, rows: int, *, rollout_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
-        self.rows, self.rollout_size, self.repeats = rows, rollout_size, repeats
-        self.seed, self.epoch = seed, epoch
+    def __init__(self, rows: int, args: PPOConfig, epoch: Callable[[], int]):
+        self.rows, self.rollout_size = rows, args.local_rollout_size * args.world_size
+        self.repeats = args.steps_per_update * args.gradient_accumulation_steps
+        self.seed, self.epoch = args.seed if args.data_seed is None else args.data_seed, epoch
 
     def __len__(self) -> int:
         return -(-self.rows // self.rollout_size) * self.rollout_size * self.repeats
@@ -33,45 +43,39 @@ class RolloutSampler(Sampler):
 
 
 class RolloutBuffer:
-    """The scored rollout of one process: micro-batches of tensors, and their order for every optimizer step.
+    """Hold the scored rollout of one process: micro-batches of tensors, and their order for every optimizer step.
 
-    Micro-batches keep their rows over all epochs, and with them their shapes, so that new log-probs are computed as
-    the old ones were; what is shuffled anew in each epoch is which micro-batches make a mini-batch.
-
-    Args:
-        layout: the options, by name, that say how a rollout is cut up; saved with it.
+    Micro-batches keep their rows, and so their shapes, over all epochs, so that new log-probs are computed in the same
+    way as the old ones. Each epoch draws anew which micro-batches make a mini-batch.
     """
 
-    def __init__(self, layout: dict[str, int]):
-        self.layout = layout
+    def __init__(self, args: PPOConfig):
+        self.seed, self.layout = args.seed, {name: getattr(args, name) for name in LAYOUT}
         self.batches: list[dict[str, torch.Tensor]] = []
         self.schedule: list[list[int]] = []
         self.micro_step = 0
 
-    @staticmethod
-    def draw_schedule(batches: int, *, epochs: int, mini_batches: int, seed: int) -> list[list[int]]:
-        """`epochs` × `mini_batches` lists of micro-batches, one for each optimizer step."""
-        per_step, schedule = batches // mini_batches, []
+    def draw_schedule(self, update: int) -> list[list[int]]:
+        """Return the micro-batches of each optimizer step of the update, `ppo_epochs` × `num_mini_batches` lists."""
+        epochs, per_step, schedule = self.layout["ppo_epochs"], self.layout["gradient_accumulation_steps"], []
+        batches = per_step * self.layout["num_mini_batches"]
         for epoch in range(epochs):
-            order = shuffled(batches, seed * epochs + epoch)
-            schedule += [order[i * per_step : (i + 1) * per_step] for i in range(mini_batches)]
+            order = shuffled(batches, (self.seed * 1_000_003 + update) * epochs + epoch)
+            schedule += [order[i : i + per_step] for i in range(0, batches, per_step)]
         return schedule
 
     def fill(self, batches: list[dict[str, torch.Tensor]], schedule: list[list[int]]) -> None:
-        """Takes a new rollout and the schedule that was drawn for it."""
+        """Take a new rollout and the schedule that was drawn for it."""
         self.batches, self.schedule, self.micro_step = batches, schedule, 0
 
     @property
-    def micro_steps(self) -> int:
-        return sum(len(step) for step in self.schedule)
-
-    @property
     def exhausted(self) -> bool:
-        return self.micro_step >= self.micro_steps
+        """Whether every micro-step of the rollout was made."""
+        return self.micro_step >= sum(map(len, self.schedule))
 
     @property
     def step_batches(self) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of the optimizer step in hand."""
+        """Micro-batches of the present optimizer step."""
         return [self.batches[i] for i in self.schedule[self.micro_step // len(self.schedule[0])]]
 
     @property
@@ -80,7 +84,7 @@ class RolloutBuffer:
         return self.micro_step % len(self.schedule[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty where the rollout is used up."""
+        """Return the rollout; nothing, if every micro-step was made."""
         if self.exhausted:
             return {}
         tensors = {f"{i}.{name}": x.cpu() for i, batch in enumerate(self.batches) for name, x in batch.items()}
@@ -88,10 +92,10 @@ class RolloutBuffer:
         return tensors | rest | {"layout": self.layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the rollout of a checkpoint in hand.
+        """Take the rollout of a checkpoint.
 
         Raises:
-            ValueError: if it was cut up in another way than `layout` says, which would weigh its losses wrongly.
+            ValueError: the options of the rollout's layout differ, so that its losses would be weighed wrongly.
         """
         layout = state.get("layout", self.layout)
         if layout != self.layout:

@@ -1,4 +1,4 @@
-"""Names, paths, models and callables to the one module that PPO runs, with everything checked before training."""
+"""Build the module that PPO runs from names, paths, models and callables, and check them before training."""
 
 import copy
 import re
@@ -37,7 +37,7 @@ ROLES = ("base", "policy", "value", "reference", "default")
 
 @dataclass
 class RewardSource:
-    """One reward function: a callable, or the name of a reward model inside the [`ActorCritic`] and its tokenizer."""
+    """A reward function: a callable, or the name of a reward model in the [`ActorCritic`] and its tokenizer."""
 
     name: str
     function: CallableReward | None = None
@@ -45,31 +45,24 @@ class RewardSource:
 
 
 class ActorCriticBuilder(PolicyBuilder):
-    """Turn the arguments of [`PPOTrainer`] into the module that PPO runs; see there for what each may be.
+    """Turn the arguments of [`PPOTrainer`] into the module that PPO runs.
 
     Attributes:
-        rewards: what scores a completion, in the order of `reward_funcs`.
+        rewards: the reward functions, in the order of `reward_funcs`.
         reward_models: the reward models among them by name; they become part of the module.
     """
 
     def build(self, reward_funcs, reward_processing_classes=None, value_model=None, ref_model=None) -> ActorCritic:
-        """Return the module, with dropout off where the options say so, and set `rewards`."""
+        """Return the module, with dropout off if `disable_dropout` is set, and set `rewards`."""
         self.rewards: list[RewardSource] = []
         self.reward_models: dict[str, nn.Module] = {}
         self._add_rewards(reward_funcs, reward_processing_classes)
-        kind, reference, separate = self._value_kind(), self.reference(ref_model), None
-        if kind == "model":
-            separate = self._value_model(value_model)
-        elif kind == "adapter":
+        kind, roles = self._value_kind(), {"shared": self.shared, **self.reference(ref_model)}
+        separate = self._value_model(value_model) if kind == "model" else None
+        if kind == "adapter":
             self._add_value_role()
-        actor_critic = ActorCritic(
-            self.policy,
-            value=kind,
-            value_model=separate,
-            rewards=self.reward_models,
-            shared=self.shared,
-            **reference,
-        )
+        models = {"value_model": separate, "rewards": self.reward_models}
+        actor_critic = ActorCritic(self.policy, value=kind, **models, **roles)
         if actor_critic.value_head is not None:
             self._start_value_head(actor_critic, value_model)
         if self.args.disable_dropout:
@@ -77,13 +70,13 @@ class ActorCriticBuilder(PolicyBuilder):
         return actor_critic
 
     def _value_kind(self) -> str | None:
-        """Which value function there is: what the options say, else an adapter where there is a base to share."""
+        """Return the kind of value function: what `value` says, else an adapter with PEFT, or a model without."""
         if self.args.advantage_estimator != "gae":
             return None
         if self.args.value == "adapter" and self.shared is None:
             raise ValueError(
-                "value='adapter' needs a base that policy and value share: pass a peft_config (--use_peft), or choose "
-                "value='head' or value='model'."
+                "value='adapter' needs a base that policy and value function share: pass a peft_config (--use_peft), "
+                "or choose value='head' or value='model'."
             )
         return self.args.value or ("model" if self.shared is None else "adapter")
 
@@ -126,7 +119,7 @@ class ActorCriticBuilder(PolicyBuilder):
         return model, model.tokenizer
 
     def _value_model(self, value_model) -> PreTrainedModel:
-        """The user's choice, else a copy of a reward model that shares the vocabulary, else one with a zero head."""
+        """Return the given model, else a copy of a reward model of the same vocabulary, else one with a zero head."""
         if isinstance(value_model, str):
             return load_classifier(value_model, init_kwargs=self.init_kwargs)
         if value_model is not None:
@@ -134,24 +127,22 @@ class ActorCriticBuilder(PolicyBuilder):
                 raise ValueError("value_model must be an AutoModelForSequenceClassification with num_labels=1.")
             return value_model
         for reward in self.reward_models.values():
-            alike = isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
-            if alike and not isinstance(reward.model, PeftModel):
+            plain = isinstance(reward, RewardModel) and not isinstance(reward.model, PeftModel)
+            if plain and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab():
                 if is_sharded(reward.model):
-                    value = load_classifier(reward.config._name_or_path, init_kwargs=self.init_kwargs)
-                else:
-                    value = copy.deepcopy(reward.model)
-                return value.requires_grad_(True)
+                    return load_classifier(reward.config._name_or_path, init_kwargs=self.init_kwargs)
+                return copy.deepcopy(reward.model).requires_grad_(True)
         value = self._classifier_from_policy()
         with whole(value.score.weight, writing=True):
             value.score.weight.data.zero_()
         return value
 
     def _classifier_from_policy(self) -> PreTrainedModel:
-        """A sequence classifier of one label with the weights that the policy starts from."""
+        """Return a sequence classifier with one label and the policy's initial weights."""
+        if isinstance(self.model, str) and is_adapter(self.model):
+            base = PeftConfig.from_pretrained(self.model).base_model_name_or_path
+            return load_classifier(base, init_kwargs=self.init_kwargs)
         if isinstance(self.model, str):
-            if is_adapter(self.model):
-                base = PeftConfig.from_pretrained(self.model).base_model_name_or_path
-                return load_classifier(base, init_kwargs=self.init_kwargs)
             return load_classifier(self.model, init_kwargs=self.policy_kwargs)
         config = copy.deepcopy(self.policy.config)
         config.num_labels = 1
@@ -162,11 +153,11 @@ class ActorCriticBuilder(PolicyBuilder):
         return value
 
     def _add_value_role(self) -> None:
-        """A fresh value adapter, or one that starts as a copy of the reward adapter on the same base."""
-        shared = self.shared
-        config = self.peft_config or shared.model.peft_config[shared.policy]
+        """Add a value adapter: a copy of the first reward adapter on the same base, else a new one."""
+        shared, configs = self.shared, self.shared.model.peft_config
         role = next((name for name, reward in self.reward_models.items() if isinstance(reward, SharedReward)), None)
-        shared.add_role("value", shared.model.peft_config[role] if role else config, trainable=True)
+        fresh = self.peft_config or configs[shared.policy]
+        shared.add_role("value", configs[role] if role else fresh, trainable=True)
         if role is not None:
             state = get_peft_model_state_dict(shared.model, adapter_name=role, save_embedding_layers=False)
             load_adapter_weights(shared.model, "value", {k: v.clone() for k, v in state.items()}, role)
@@ -180,16 +171,14 @@ class ActorCriticBuilder(PolicyBuilder):
                 )
             actor_critic.load_value(value_model)
             return
-        if actor_critic.value == "head":
-            return
         reward = next((r for r in actor_critic.rewards.values() if isinstance(r, SharedReward)), None)
-        if reward is not None:
+        if actor_critic.value == "adapter" and reward is not None:
             actor_critic.value_head.linear.weight.data.copy_(reward.weight.data)
             actor_critic.value_head.linear.bias.data.fill_(-reward.center)
 
 
 def _same_base(adapter: str, shared: SharedBase) -> bool:
-    """Whether a reward adapter was trained over the base that the policy runs on, quantised alike."""
+    """Return whether a reward adapter was trained on the policy's base model, with the same quantisation."""
     if not is_adapter(adapter):
         return False
     theirs = PeftConfig.from_pretrained(adapter).base_model_name_or_path
@@ -201,11 +190,13 @@ def _same_base(adapter: str, shared: SharedBase) -> bool:
 
 
 def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
-    """Reads a reward model's adapter as a frozen role of the shared base, and its score head."""
+    """Load a reward model's adapter as a frozen role of the shared base, and return its score head."""
     weights = load_peft_weights(path, device="cpu")
     heads = [key for key in weights if key.endswith("score.weight")]
     if len(heads) != 1:
-        raise ValueError(f"The reward adapter {path} has {len(heads)} score heads: RewardTrainer's have one.")
+        raise ValueError(
+            f"The reward adapter {path} has {len(heads)} score heads, not 1: train it with RewardTrainer."
+        )
     head = weights.pop(heads[0])
     shared.add_role(role, PeftConfig.from_pretrained(path), trainable=False)
     load_adapter_weights(shared.model, role, weights, path)
@@ -213,30 +204,29 @@ def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
 
 
 def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) -> Dataset:
-    """Rows with "prompt" and "prompt_ids" that leave room for a completion, other columns kept."""
-    return tokenize_prompts(
-        to_prompts(dataset, where), tokenizer, max_length=args.max_prompt_length, where=where, strict=args.strict_data
-    )
+    """Return rows with "prompt" (of at most `max_prompt_length` tokens), "prompt_ids" and the other columns."""
+    options = {"max_length": args.max_prompt_length, "where": where, "strict": args.strict_data}
+    return tokenize_prompts(to_prompts(dataset, where), tokenizer, **options)
 
 
 def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> None:
-    """Raises a ValueError where a reward callable needs a column that the dataset does not have."""
+    """Raise a ValueError if a reward callable needs a column that the dataset does not have."""
     for source in sources:
         missing = source.function.required.difference(columns) if source.function else set()
         if missing:
             raise ValueError(
                 f"The reward function {source.name!r} needs {sorted(missing)}, and train_dataset has the columns "
-                f"{columns}: add them, or give the parameters defaults."
+                f"{columns}: add the missing ones, or give these parameters defaults."
             )
 
 
 def check_room(model: nn.Module, args: PPOConfig) -> None:
-    """Raises a ValueError where the longest prompt and completion would not fit the model's positions."""
+    """Shorten prompts and texts to the model's number of positions; raise a ValueError if no prompt would fit."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and room <= args.max_completion_length:
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {room} "
-            "positions. Lower it."
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt, as the model has {room} "
+            "positions: lower it."
         )
     if room is not None and (args.max_prompt_length or room) + args.max_completion_length > room:
         args.max_prompt_length = room - args.max_completion_length

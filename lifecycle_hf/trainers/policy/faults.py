@@ -1,4 +1,4 @@
-"""Training faults are answered, not endured: what is not finite, a collapsed policy, KL out of hand."""
+"""Detect training faults (a value that is not finite, a collapsed policy, a large KL); stop the run or skip steps."""
 
 import math
 import warnings
@@ -11,22 +11,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class TrainingFault(RuntimeError):
-    """A run that would only get worse was stopped; the message says by what, and where to go on from."""
+    """The error that stops a faulty run; the message names the fault, and the checkpoint to continue from."""
 
 
 class FaultGuard(TrainerCallback):
-    """Answers faults of a policy's training as `on_fault` says: stops the run, or skips optimizer steps.
+    """Stop the run or skip optimizer steps at a fault of a policy's training, as `on_fault` says.
 
-    A step is skipped by taking the gradients away before the optimizer sees them, so that neither moments nor weight
-    decay move anything. DeepSpeed steps within its backward, where nothing can be skipped: there every fault stops.
+    To skip a step, the gradients are removed before the optimizer uses them, so that moments and weight decay do not
+    act either. DeepSpeed steps within its backward pass, where no step can be skipped, so there every fault stops.
 
     Args:
         trainer: its `args` hold `on_fault`, `max_faults`, `kl_limit` and `min_entropy`.
 
     Attributes:
-        gradient_norm: of the step in hand before it is clipped, given by the trainer; clipping a gradient whose norm
-            overflows leaves zeros.
-        good_step: optimizer steps before the last rollout without a fault; what came later no samples speak for.
+        gradient_norm: norm of the present step before clipping, set by the trainer. (A gradient whose norm overflows
+            is zero after clipping.)
+        good_step: number of optimizer steps before the last rollout without a fault; later steps were not checked.
     """
 
     def __init__(self, trainer):
@@ -45,7 +45,7 @@ class FaultGuard(TrainerCallback):
         self.in_a_row = {name: state[name] for name in self.in_a_row}
 
     def check_loss(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
-        """Takes the loss of a micro-batch, and what it is made of, before its backward pass."""
+        """Check the loss of a micro-batch before its backward pass; `parts` are the losses that it is a sum of."""
         if math.isfinite(loss.detach().item()):
             return
         bad = ", ".join(f"{name}: {x.item()}" for name, x in parts.items() if not math.isfinite(x.item()))
@@ -54,21 +54,21 @@ class FaultGuard(TrainerCallback):
             self._stop(self.step_fault)
 
     def check_rollout(self, *, kl: float, entropy: float, length: float) -> None:
-        """Takes the means of a rollout over all processes: KL per completion, entropy per token, tokens."""
+        """Check the means of a rollout over all processes: KL per completion, entropy per token, tokens."""
         limit, fault = self.args.kl_limit, None
         if not all(map(math.isfinite, (kl, entropy, length))):
             fault = f"the rollout has KL {kl}, entropy {entropy} and length {length}, which must be finite"
         elif limit is not None and kl > limit:
-            fault = f"the rollout's KL of {kl:.4g} lies above {limit:g} (max_kl): raise kl_coef or lower learning_rate"
+            fault = f"the rollout's KL of {kl:.4g} is above {limit:g} (max_kl): raise kl_coef or lower learning_rate"
         elif entropy < self.args.min_entropy:
             fault = (
-                f"the policy has collapsed: its entropy of {entropy:.3g} per token lies below min_entropy="
+                f"the policy has collapsed: its entropy of {entropy:.3g} per token is below min_entropy="
                 f"{self.args.min_entropy:g}; raise entropy_coef or kl_coef, or lower learning_rate"
             )
         elif length <= 1 < self.args.max_completion_length and self.args.min_entropy > 0:
             fault = (
-                "the policy has collapsed: every completion is one token, its end; look at the rewards of empty "
-                "completions, raise kl_coef, or lower learning_rate; where such answers are meant set min_entropy=0"
+                "the policy has collapsed: every completion is a single token; check the rewards of empty "
+                "completions, raise kl_coef or lower learning_rate; if such answers are correct, set min_entropy=0"
             )
         self.rollout_fault = fault
         if fault is None:
@@ -77,7 +77,7 @@ class FaultGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         norm, self.gradient_norm = self.gradient_norm, None
-        # fp16's scaler skips steps of its own, and DeepSpeed has made this one.
+        # The scaler of fp16 skips steps itself, and DeepSpeed has made this step already.
         unseen = norm is None or self.trainer.accelerator.scaler is not None or self.trainer.is_deepspeed_enabled
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = 0.0 if unseen else float(norm)
@@ -85,7 +85,7 @@ class FaultGuard(TrainerCallback):
         if fault is None and not math.isfinite(norm):
             fault = f"the gradient has norm {norm}"
         self.step_fault = None
-        if self.rollout_fault is None:  # the steps of a faulty rollout were counted with it
+        if self.rollout_fault is None:  # else the rollout was counted, and its steps are not
             self._count("step", fault)
         skipped = fault is not None or self.rollout_fault is not None
         if skipped:
@@ -93,7 +93,7 @@ class FaultGuard(TrainerCallback):
         self.trainer.metrics["train"].add("faults/skipped_steps", float(skipped))
 
     def _anywhere(self, fault: str | None) -> str | None:
-        """`fault`, or that of another process: all must skip together."""
+        """Return `fault`, or that of another process, because all processes must skip together."""
         flag = torch.tensor(float(fault is not None), device=self.args.device)
         if self.trainer.accelerator.reduce(flag, "sum").item() == 0:
             return None
@@ -114,7 +114,7 @@ class FaultGuard(TrainerCallback):
         step = self.trainer.state.global_step
         raise TrainingFault(
             f"Training stopped at step {step + 1} (update {step // self.args.steps_per_update + 1}): {fault}. "
-            f"{self._where_to_go_on()} With --on_fault skip such steps are left out."
+            f"{self._where_to_go_on()} Or skip such steps with --on_fault skip."
         )
 
     def _where_to_go_on(self) -> str:
@@ -123,9 +123,7 @@ class FaultGuard(TrainerCallback):
         good = [step for step in found if step <= self.good_step]
         if good:
             path = found[max(good)]
-            return (
-                f"The last good checkpoint is {path}: once that is mended go on with --resume_from_checkpoint {path}."
-            )
+            return f"The last good checkpoint is {path}: remove the cause, then --resume_from_checkpoint {path}."
         if found:
-            return f"The last checkpoint {found[max(found)]} may hold the fault: once that is mended start anew."
-        return "There is no checkpoint yet (see save_steps): once that is mended start anew."
+            return f"The last checkpoint {found[max(found)]} may hold the fault: remove the cause, and start again."
+        return "There is no checkpoint yet (see save_steps): remove the cause, and start again."

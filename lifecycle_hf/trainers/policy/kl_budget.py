@@ -1,4 +1,4 @@
-"""The hard part of a KL budget: an update that spends more than it is taken back."""
+"""The strict part of a KL budget: undo an update after which the KL is above the budget."""
 
 import math
 import warnings
@@ -11,25 +11,24 @@ from lifecycle_hf.trainers.base.metrics import MetricAccumulator
 
 
 class BudgetKeeper(TrainerCallback):
-    """Takes a policy's weights back to where it last was within its [`KLBudget`].
+    """Restore the last weights of a policy that were within its [`KLBudget`].
 
-    The KL of an update shows in the next rollout, sampled from the policy that it left (k1, mean over all completions
-    of all ranks); that of the last one in a rollout of its own as training ends. Above the budget, the weights of the
-    last rollout within it are restored, β rises, and the rollout is sampled again. So `train()` ends with weights
-    whose measured KL was at most the budget; the KL itself may lie above by the estimator's noise, the deviation of a
-    completion's KL over √completions. Checkpoints of the run hold the update in hand, not measured yet, and the
-    weights to go back to. Value function and optimizer moments stay as they are.
+    The KL after an update is measured on the next rollout, which is sampled from the updated policy (k1, mean over all
+    completions of all ranks). For the last update an extra rollout is made at the end of training. If the KL is above
+    the budget, the weights at the last rollout within it are restored, β rises, and the rollout is sampled again. So
+    `train()` ends with weights whose measured KL was at most the budget. The true KL may be larger by the estimator's
+    noise, the deviation of a completion's KL over √completions. Checkpoints hold the present update, which is not
+    measured yet, and the weights to restore. The value function and the optimizer's moments are not restored.
 
     Raises:
-        ValueError: under DeepSpeed or FSDP, whose weights are not here to take back, and at the first rollout where
-            the policy starts above the budget.
+        ValueError: the engine is DeepSpeed or FSDP, whose weights are not accessible here; or, at the first rollout,
+            the initial policy is above the budget.
     """
 
     def __init__(self, trainer):
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
-                "kl_control='budget' takes weights back, which DeepSpeed and FSDP hold where it can't reach them: use "
-                "DDP, or kl_control='adaptive'."
+                "kl_control='budget' does not run on DeepSpeed and FSDP: use DDP, or kl_control='adaptive'."
             )
         self.trainer, self.kl = trainer, math.nan
         self.kept: dict[str, torch.Tensor] = {}
@@ -40,8 +39,14 @@ class BudgetKeeper(TrainerCallback):
 
     @torch.no_grad()
     def takes_back(self, kl: float, completions: int) -> bool:
-        """Keeps the weights as they are if `kl`, measured on them, is within the budget; else restores the last kept
-        ones, lets β rise and returns True."""
+        """Store the weights if their measured `kl` is within the budget; else restore the last stored ones.
+
+        Args:
+            completions: number of completions that `kl` is the mean of.
+
+        Returns:
+            Whether weights were restored.
+        """
         control = self.trainer.kl_control
         if not control.rejects(kl):
             self.kl, self.kept = kl, {name: p.detach().clone() for name, p in self._parameters().items()}
@@ -49,15 +54,15 @@ class BudgetKeeper(TrainerCallback):
         if not self.kept:
             raise ValueError(
                 f"The policy starts with a KL of {kl:.4g} nats to the reference, above kl_budget={control.budget:g}: "
-                "raise the budget, or start nearer."
+                "raise kl_budget, or start from a policy that is nearer to the reference."
             )
         for name, parameter in self._parameters().items():
             parameter.copy_(self.kept[name])
         control.update(kl, completions)
         if self.trainer.is_world_process_zero():
             warnings.warn(
-                f"Step {self.trainer.state.global_step}: the last update is taken back, its KL of {kl:.4g} nats lies "
-                f"above kl_budget={control.budget:g}; the KL is {self.kl:.4g} again and β {control.kl_coef:.4g}.",
+                f"Step {self.trainer.state.global_step}: the last update is taken back, its KL of {kl:.4g} nats is "
+                f"above kl_budget={control.budget:g}; the KL is {self.kl:.4g} again, and β is {control.kl_coef:.4g}.",
                 stacklevel=3,
             )
         return True

@@ -1,9 +1,9 @@
-"""PPO with pretraining mix: InstructGPT's objective on transformers' own training loop."""
+"""PPO with a pretraining mix: InstructGPT's objective in the training loop of transformers."""
 
 import copy
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,33 +17,23 @@ from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedK
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
-from lifecycle_hf.trainers.base.capability import PretrainingRows, prepare_texts
+from lifecycle_hf.trainers.base.capability import PretrainingRows
 from lifecycle_hf.trainers.base.mitigations import check_mitigations, protect
 from lifecycle_hf.trainers.base.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.policy.buffer import RolloutBuffer, RolloutSampler
-from lifecycle_hf.trainers.policy.builder import (
-    ActorCriticBuilder,
-    check_reward_columns,
-    check_room,
-    prepare_prompts,
-)
+from lifecycle_hf.trainers.policy.builder import ActorCriticBuilder, check_reward_columns, check_room, prepare_prompts
 from lifecycle_hf.trainers.policy.config import PPOConfig
 from lifecycle_hf.trainers.policy.faults import FaultGuard
 from lifecycle_hf.trainers.policy.kl_budget import BudgetKeeper
 from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 
-ROLLOUT_LAYOUT = (
-    "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs",
-)  # fmt: skip
-"""Options that a rollout in hand must keep when its run is resumed."""
-
 
 @dataclass
 class MicroBatch:
-    """What a micro-step trains on: some completions of the rollout, and pretraining texts with their loss mask.
+    """The input of a micro-step: some completions of the rollout, and pretraining texts with their loss mask.
 
-    It is a class of its own, so that transformers leaves it as it is: under DeepSpeed it would cast the old log-probs
-    to the dtype of the model.
+    It is a class because transformers does not change objects that it does not know. Of a dict it would cast the old
+    log-probs to the dtype of the model under DeepSpeed.
     """
 
     rollout: dict[str, torch.Tensor]
@@ -52,32 +42,32 @@ class MicroBatch:
 
 
 class PPOTrainer(PolicyTrainerMixin, Trainer):
-    """Trains a policy against rewards by PPO, with KL in the reward and pretraining gradients mixed in.
+    """Train a policy with rewards by PPO, with the KL in the reward and with pretraining gradients.
 
-    Maximises E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] (InstructGPT, https://arxiv.org/abs/2203.02155,
-    Eq. 2) by the clipped surrogate (https://arxiv.org/abs/1707.06347). γ_ptx here weighs a mean per token, so
-    InstructGPT's 27.8, on a sum per sequence, is not comparable.
+    It maximises E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] (InstructGPT, https://arxiv.org/abs/2203.02155,
+    Eq. 2) by the clipped surrogate (https://arxiv.org/abs/1707.06347). γ_ptx weighs a mean per token here, and is not
+    comparable with InstructGPT's 27.8, which weighs a sum per sequence.
 
     Args:
         model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
         reward_funcs: one or a list of: a reward model, its name or path, or a callable
             `f(prompts, completions, **columns) -> list[float]`.
         args: [`PPOConfig`].
-        train_dataset, eval_dataset: prompts, chat or plain; other columns go to the reward callables.
-        processing_class: tokenizer; the model's by default.
-        reward_processing_classes: tokenizers of the reward models; their own by default.
-        value_model: value function to start from: without PEFT a sequence classifier with one label or its path (a
-            copy of the reward model by default, else of the policy with a zero head); with PEFT the `value` folder of
-            a PPO checkpoint.
-        ref_model: reference; by default a frozen copy of the policy as it starts, with PEFT the base with adapters
-            off, or a frozen copy of the adapter that the policy starts from.
+        train_dataset, eval_dataset: prompts, chat or plain; reward callables receive the other columns.
+        processing_class: tokenizer; by default the model's.
+        reward_processing_classes: tokenizers of the reward models; by default their own.
+        value_model: initial value function. Without PEFT, a sequence classifier with one label or its path (by default
+            a copy of the reward model, else of the policy with a zero head). With PEFT, the `value` folder of a PPO
+            checkpoint.
+        ref_model: reference. By default a frozen copy of the initial policy; with PEFT the base with adapters off, or
+            a frozen copy of the adapter that the policy starts from.
         ptx_dataset: text, chat or prompt-completion data for `ptx_coef` and the other [`MitigationOptions`].
-        peft_config, quantization_config: as in TRL. With PEFT policy, value, reference, and a reward adapter of the
-            same base, share one base.
+        peft_config, quantization_config: as in TRL. With PEFT, the policy, the value function, the reference and a
+            reward adapter of the same base share one base.
         kwargs: callbacks, optimizers and others, as in `transformers.Trainer`.
 
     Raises:
-        ValueError: for whatever would make the run wrong, before it starts, naming the place and the mend.
+        ValueError: an argument or option would make the run wrong; the message names it and the remedy.
     """
 
     loss_is_scaled_for_ga = True
@@ -87,7 +77,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         "Maximise E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] by PPO's clipped surrogate: GAE, a clipped "
         "value loss, the KL (k1) in the reward of every token, the pretraining loss as a mean per token."
     )
-    card_options = tuple(f.name for f in fields(PPOConfig) if f.name in PPOConfig.__annotations__)
+    card_options = tuple(PPOConfig.__annotations__)
     card_paper = ("Training language models to follow instructions with human feedback", "2203.02155")
 
     def __init__(
@@ -112,12 +102,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             raise ValueError("train_dataset is missing: give a dataset of prompts.")
         set_seed(args.seed)  # fresh adapters and heads are random
         builder = ActorCriticBuilder(
-            args,
-            model,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            init_kwargs=model_init_kwargs,
+            args, model, processing_class, peft_config, quantization_config, model_init_kwargs
         )
         actor_critic = builder.build(reward_funcs, reward_processing_classes, value_model, ref_model)
         tokenizer = builder.tokenizer
@@ -125,25 +110,22 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         check_mitigations(args, ptx_dataset)
         if eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, tokenizer, args, "eval_dataset")
+        train_dataset = prepare_prompts(train_dataset, tokenizer, args, "train_dataset")
         stop_tokens = stop_token_ids(actor_critic.policy, tokenizer, args.stop_tokens)
         super().__init__(
-            model=actor_critic,
-            args=args,
-            data_collator=list,
-            train_dataset=prepare_prompts(train_dataset, tokenizer, args, "train_dataset"),
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            **kwargs,
+            actor_critic, args, list, train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         self.check_engine()
         self.model.settles_values = self._settles_values()
         check_reward_columns(builder.rewards, self.train_dataset.column_names)
-        mixes = args.ptx_coef > 0 and args.ptx_ceiling is None  # a ceiling makes it an auxiliary loss
-        self.ptx_rows = self._pretraining_rows(ptx_dataset) if mixes else None
-        self.kl_control = self._kl_control()
+        mixes = args.ptx_coef > 0 and args.ptx_ceiling is None  # with a ceiling it is an auxiliary loss
+        self.ptx_rows = pretraining_rows(ptx_dataset, tokenizer, args) if mixes else None
+        self.kl_control = make_kl_control(args)
+        if args.kl_control == "budget":
+            self.budget = self.stateful["kl_budget"] = BudgetKeeper(self)
+            self.callback_handler.callbacks.insert(0, self.budget)  # it restores weights before others measure them
         self.rollouts = RolloutMaker(self, builder.rewards, stop_tokens)
-        self.buffer = RolloutBuffer({name: getattr(args, name) for name in ROLLOUT_LAYOUT})
-        self.guard = FaultGuard(self)
+        self.buffer, self.guard = RolloutBuffer(args), FaultGuard(self)
         self.add_callback(self.guard)
         moments = self.rollouts.reward_moments
         self.stateful |= {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
@@ -153,132 +135,98 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
 
     # Setting up
 
-    def _kl_control(self) -> FixedKL:
-        args = self.args
-        if args.kl_control == "adaptive":
-            return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
-        if args.kl_control == "exponential":
-            return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
-        if args.kl_control == "budget":
-            self.budget = self.stateful["kl_budget"] = BudgetKeeper(self)
-            self.callback_handler.callbacks.insert(0, self.budget)  # what it takes back is measured by nobody
-            return KLBudget(args.kl_coef, budget=args.kl_budget, rate=args.kl_rate, maximum=args.kl_coef_max)
-        return FixedKL(args.kl_coef)
-
     def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:
-        """Weighs the policy loss by λ: pretraining and auxiliary losses are minimised subject to a floor of the score.
+        """Weigh the policy loss by λ: pretraining and auxiliary losses are minimised subject to a floor of the score.
 
-        λ moves with the mean score of every rollout. The value loss keeps its weight.
+        λ changes with the mean score of every rollout. The value loss keeps its weight.
 
         Raises:
-            ValueError: the limit is no floor, or scores are normalised, so that their mean says nothing.
+            ValueError: the limit is no floor, or scores are normalised, so that their mean has no meaning.
         """
         if multiplier.sign > 0 or self.args.reward_normalization != "none":
             raise ValueError(
-                "PPOTrainer.constrain_objective holds the mean score above a floor: sense='at_least', and "
+                "PPOTrainer.constrain_objective holds the mean score above a floor: sense='at_least' is needed, and "
                 f"reward_normalization='none', which is {self.args.reward_normalization!r} here."
             )
         self.score_floor = multiplier
         self.dual_ascent.watch("objective", multiplier)
 
     def _settles_values(self) -> bool:
-        """Sharded parameters come and go with their own backward, reentrant checkpointing knows no other, and fp16's
-        loss must be scaled before its gradients are taken: there the value loss waits for the joint backward."""
+        """Return whether the value loss takes its gradients at once, and not in the joint backward pass.
+
+        That is impossible for sharded parameters, which are gathered for the joint backward pass only, in reentrant
+        checkpointing, which supports no other, and in fp16, whose loss must be scaled before gradients are taken.
+        """
         args = self.args
         reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
         return not (is_sharded(self.model) or self.is_fsdp_enabled or reentrant or args.fp16)
 
-    def _pretraining_rows(self, dataset: Dataset) -> PretrainingRows:
-        args, tokenizer = self.args, self.processing_class
-        return PretrainingRows(
-            prepare_texts(
-                dataset, tokenizer, max_length=args.ptx_max_length, where="ptx_dataset", strict=args.strict_data
-            ),
-            batch_size=args.ptx_batch_size or args.per_device_train_batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=args.seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
-
     def get_train_dataloader(self):
-        """Every micro-step is handed the prompts of its update; the first of an update makes the rollout of them."""
+        """Return a loader whose batch is the update's prompts, at every micro-step of the update."""
         args = self.args
-        sampler = RolloutSampler(
-            len(self.train_dataset),
-            rollout_size=args.local_rollout_size * args.world_size,
-            repeats=args.steps_per_update * args.gradient_accumulation_steps,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        sampler = RolloutSampler(len(self.train_dataset), args, epoch=lambda: int(self.state.epoch or 0))
         return self._get_dataloader(
             self.train_dataset, "Training", args.local_rollout_size, sampler_fn=lambda _: sampler, is_training=True
         )
 
     def create_optimizer(self, model=None):
-        """As `transformers.Trainer`, with `value_learning_rate` for the value function's parameters."""
+        """Create the optimizer of `transformers.Trainer`, with `value_learning_rate` for the value function."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh and self.args.value_learning_rate is not None:
-            names = (self.model if model is None else model).named_parameters()
-            value = {id(p) for n, p in names if self.accelerator.unwrap_model(self.model).is_value(n)}
-            groups = []
-            for group in optimizer.param_groups:
-                for is_value, rate in ((False, group["lr"]), (True, self.args.value_learning_rate)):
-                    parameters = [p for p in group["params"] if (id(p) in value) == is_value]
-                    groups += [{**group, "params": parameters, "lr": rate}] if parameters else []
-            optimizer.param_groups[:] = groups
+            whole = self.accelerator.unwrap_model(self.model if model is None else model)
+            split_groups(optimizer, whole.value_parameters, self.args.value_learning_rate)
         return optimizer
 
     # The loop
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As in transformers, on the next micro-batch; the first one of an update samples and scores a rollout."""
+        """Train on the next micro-batch; before the first one of an update, sample and score a rollout."""
         start, tokens = time.perf_counter(), 0
-        fresh = self.buffer.exhausted
-        if fresh:
+        if self.buffer.exhausted:
             getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers sample with other weights
             self._new_rollout(inputs)
             tokens = sum(int(batch["completion_lengths"].sum()) for batch in self.buffer.batches)
         loss = super().training_step(model, {"micro_batch": self._next_micro_batch()}, num_items_in_batch)
-        if self.model.shared is not None:  # checkpointing recomputes under the role that came last
+        if self.model.shared is not None:  # after the backward pass the adapter that was recomputed last is active
             self.model.shared.activate(self.model.policy_role)
         world_size = self.accelerator.num_processes
         self.metrics["train"].add("tokens_per_second", tokens * world_size, time.perf_counter() - start)
         return loss
 
     def _next_micro_batch(self) -> MicroBatch:
-        buffer = self.buffer
-        if buffer.in_step == 0 or self._step_totals is None:
-            self._start_step()
-        batch = {name: x.to(self.args.device) for name, x in buffer.step_batches[buffer.in_step].items()}
-        texts = self._texts[buffer.in_step] if self._texts else (None, None)
+        """Return the next micro-batch. The first one of an optimizer step also draws the step's pretraining rows, and
+        counts its tokens over all micro-batches and ranks."""
+        buffer, device = self.buffer, self.args.device
+        batches, i = buffer.step_batches, buffer.in_step
+        if i == 0 or self._step_totals is None:
+            first, n = self.state.global_step * len(batches), len(batches) if self.ptx_rows else 0
+            self._texts = [self.ptx_rows.batch(micro_step, device) for micro_step in range(first, first + n)]
+            counts = [sum(b["completion_lengths"].sum() for b in batches), sum(m.sum() for _, m in self._texts)]
+            totals = torch.tensor([float(count) for count in counts], device=device)
+            self._step_totals = self.accelerator.reduce(totals, "sum").tolist()
         buffer.micro_step += 1
-        return MicroBatch(batch, *texts)
+        texts = self._texts[i] if self._texts else (None, None)
+        return MicroBatch({name: x.to(device) for name, x in batches[i].items()}, *texts)
 
     def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
-        args, metrics = self.args, self.metrics["train"]
-        update = self.state.global_step // args.steps_per_update
-        schedule = self.buffer.draw_schedule(
-            args.gradient_accumulation_steps * args.num_mini_batches,
-            epochs=args.ppo_epochs,
-            mini_batches=args.num_mini_batches,
-            seed=args.seed * 1_000_003 + update,
-        )
+        """Fill the buffer with a new rollout; if the KL budget undoes the last update, sample it again."""
+        rollouts, budget, metrics = self.rollouts, self.budget, self.metrics["train"]
+        schedule = self.buffer.draw_schedule(self.state.global_step // self.args.steps_per_update)
         first, size = schedule[0][0] if self._keeps_graphs() else None, len(rows) * self.accelerator.num_processes
-        logged, scale = copy.deepcopy(metrics.sums), self.rollouts.reward_moments.state_dict()
-        batches = self.rollouts.make(rows, metrics, first=first)
-        rejected = self.budget is not None and self.budget.takes_back(self.rollouts.means["kl"], size)
+        logged, scale = copy.deepcopy(metrics.sums), rollouts.reward_moments.state_dict()
+        batches = rollouts.make(rows, metrics, first=first)
+        rejected = budget is not None and budget.takes_back(rollouts.means["kl"], size)
         if rejected:
-            metrics.sums = logged  # log and scale are of what is trained on
-            self.rollouts.reward_moments.load_state_dict(scale)
-            batches = self.rollouts.make(rows, metrics, first=first)
-        if self.budget is not None:
+            metrics.sums = logged  # the rollout that is not trained on must not count
+            rollouts.reward_moments.load_state_dict(scale)
+            batches = rollouts.make(rows, metrics, first=first)
+        if budget is not None:
             metrics.add("kl_budget/rejected", float(rejected))
         self.model_wrapped.train()
         self.buffer.fill(batches, schedule)
         metrics.add("kl_coef", self.kl_control.kl_coef)
-        means = self.rollouts.means
+        means = rollouts.means
         if self.score_floor is not None:
             self.dual_ascent.seen.add("objective", means["score"])
         self.guard.check_rollout(kl=means["kl"], entropy=means["entropy"], length=means["length"])
@@ -286,82 +234,110 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             self.kl_control.update(means["kl"], size)
 
     def _keeps_graphs(self) -> bool:
-        """Whether the micro-batch that is trained on first is scored with its graph kept, and not computed again:
-        where no engine must see each forward, train mode computes the same, and no value function needs the memory."""
+        """Return whether the scores of the first micro-batch keep their graph, so that they are not computed again.
+
+        It is so if no engine must see each forward pass, train mode gives the same numbers, and no separate value
+        function needs the memory.
+        """
         engine = self.accelerator.distributed_type is not DistributedType.NO
         return not engine and self.args.disable_dropout and self.model.value in (None, "head")
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """As in transformers; the guard is told the norm, as it is before clipping."""
+        """Return the norm as transformers does, and give the guard the norm before clipping."""
         self.guard.gradient_norm = super()._get_grad_norm(model, grad_norm)
         return self.guard.gradient_norm
 
-    def _start_step(self) -> None:
-        """Draws the pretraining rows of an optimizer step; counts its tokens over all micro-batches and ranks."""
-        batches, args = self.buffer.step_batches, self.args
-        first = self.state.global_step * len(batches)
-        n = len(batches) if self.ptx_rows else 0
-        self._texts = [self.ptx_rows.batch(first + i, args.device) for i in range(n)]
-        counts = [sum(b["completion_lengths"].sum() for b in batches), sum(m.sum() for _, m in self._texts)]
-        totals = torch.tensor([float(c) for c in counts], device=args.device)
-        self._step_totals = self.accelerator.reduce(totals, "sum").tolist()
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Policy, value, entropy and pretraining losses, each a sum over tokens divided by the tokens of the whole
-        mini-batch (all micro-batches and ranks), so that how the mini-batch is cut up plays no part."""
-        args, micro_batch = self.args, inputs["micro_batch"]
+        """Compute the policy, value, entropy and pretraining losses of a micro-batch.
+
+        Each is a sum over tokens, divided by the number of tokens of the whole mini-batch (all micro-batches and
+        ranks), so that the size of micro-batches has no influence.
+        """
+        args, metrics, micro_batch = self.args, self.metrics["train"], inputs["micro_batch"]
         batch, texts, text_mask = micro_batch.rollout, micro_batch.texts, micro_batch.text_mask
         completions = Completions(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
-        critic, mask = "values" in batch, completions.mask
-        want = ("logprobs", *(("value_loss",) if critic else ()), *(("texts",) if texts is not None else ()))
-        want += ("entropy", "entropy_gradient") if args.entropy_coef > 0 else ()
-        tokens, text_tokens = self._step_totals
+        mask, entropy, (tokens, text_tokens) = completions.mask, args.entropy_coef > 0, self._step_totals
+        want = {"logprobs": True, "value_loss": "values" in batch, "texts": texts is not None}
+        want |= {"entropy": entropy, "entropy_gradient": entropy}
 
         def value_loss(values):
-            values = values[:, :-1]
-            losses = ppo_value_loss(values, batch["values"], batch["returns"], clip_range=args.cliprange_value)
-            self._log_value(losses, values, batch, mask)
+            losses = value_losses(self, values[:, :-1], batch, mask)
             return args.vf_coef * (losses * mask).sum() / tokens
 
-        extra = {"features": batch.get("features"), "value_loss": value_loss}
         kept, self.rollouts.kept = self.rollouts.kept, {}
-        missing = tuple(name for name in want if name not in kept)
+        missing = tuple(name for name, wanted in want.items() if wanted and name not in kept)
+        extra = {"features": batch.get("features"), "value_loss": value_loss}
         out = kept | model(completions, texts, want=missing, temperature=args.temperature, **extra)
-        policy = ppo_policy_loss(out["logprobs"], batch["logprobs"], batch["advantages"], clip_range=args.cliprange)
-        if self.score_floor is not None:
-            policy = self.score_floor.value * policy
-        total = policy - args.entropy_coef * out["entropy"] if args.entropy_coef > 0 else policy
+        losses = policy_losses(self, out["logprobs"], batch, mask)
+        total = losses - args.entropy_coef * out["entropy"] if entropy else losses
         loss = (total * mask).sum() / tokens
-        parts = {"policy": loss.detach(), "value": out.get("value_loss", torch.zeros(())).detach()}
-        loss = loss + out.get("value_loss", 0.0)
+        parts = {"policy": loss}
+        if "value_loss" in out:
+            parts["value"] = out["value_loss"]
+            loss = loss + out["value_loss"]
         if texts is not None:
-            nll = -(out["texts"] * text_mask).sum()
+            parts["pretraining"] = nll = -(out["texts"] * text_mask).sum()
             loss = loss + args.ptx_coef * nll / text_tokens
-            parts["pretraining"] = nll.detach()
-            self.metrics["train"].add("loss/ptx", nll.detach(), text_mask.sum())
-        self._log_policy(policy, out["logprobs"], batch, mask)
+            metrics.add("loss/ptx", nll.detach(), text_mask.sum())
         # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
         loss = self.with_auxiliary(loss * self.accelerator.num_processes)
         self.guard.check_loss(loss, parts)
         return (loss, out) if return_outputs else loss
 
-    @torch.no_grad()
-    def _log_policy(self, losses, logprobs, batch, mask) -> None:
-        metrics = self.metrics["train"]
-        ratio = torch.exp(logprobs - batch["logprobs"])
-        metrics.add_masked("loss/policy", losses, mask)
-        metrics.add_masked("policy/clip_fraction", (ratio - 1).abs() > self.args.cliprange, mask)
-        metrics.add_masked("policy/approx_kl", kl_estimate(batch["logprobs"], logprobs, estimator="k3"), mask)
-        if self.state.global_step % self.args.steps_per_update == 0:
-            metrics.add_masked("policy/ratio_error_at_start", (ratio - 1).abs(), mask)
-
-    @torch.no_grad()
-    def _log_value(self, losses, values, batch, mask) -> None:
-        metrics = self.metrics["train"]
-        metrics.add_masked("loss/value", losses, mask)
-        metrics.add_masked("value/clip_fraction", (values - batch["values"]).abs() > self.args.cliprange_value, mask)
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Samples and scores a batch of eval prompts; the metrics are those of a rollout, prefixed `eval_`."""
+        """Sample and score a batch of eval prompts; the metrics are those of a rollout, with the prefix `eval_`."""
         self.rollouts.make(inputs, self.metrics["eval"], training=False)
         return None, None, None
+
+
+def make_kl_control(args: PPOConfig) -> FixedKL:
+    """Return the object that `kl_control` names, which decides the KL coefficient β."""
+    if args.kl_control == "adaptive":
+        return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+    if args.kl_control == "exponential":
+        return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
+    if args.kl_control == "budget":
+        return KLBudget(args.kl_coef, budget=args.kl_budget, rate=args.kl_rate, maximum=args.kl_coef_max)
+    return FixedKL(args.kl_coef)
+
+
+def pretraining_rows(dataset: Dataset, tokenizer, args: PPOConfig) -> PretrainingRows:
+    """Return the batches of `ptx_dataset` that `ptx_coef` weighs."""
+    options = {"batch_size": args.ptx_batch_size or args.per_device_train_batch_size, "seed": args.seed}
+    options |= {"max_length": args.ptx_max_length, "where": "ptx_dataset", "strict": args.strict_data}
+    return PretrainingRows(dataset, tokenizer, **options)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rate: float) -> None:
+    """Put `parameters` into parameter groups of their own, with the learning rate `rate`."""
+    chosen, groups = {id(p) for p in parameters}, []
+    for group in optimizer.param_groups:
+        for inside, lr in ((False, group["lr"]), (True, rate)):
+            params = [p for p in group["params"] if (id(p) in chosen) == inside]
+            groups += [{**group, "params": params, "lr": lr}] if params else []
+    optimizer.param_groups[:] = groups
+
+
+def policy_losses(trainer: PPOTrainer, logprobs, batch, mask) -> torch.Tensor:
+    """Return and log the policy loss of each token, [B, T], times the multiplier of a score floor."""
+    args, metrics, old = trainer.args, trainer.metrics["train"], batch["logprobs"]
+    losses = ppo_policy_loss(logprobs, old, batch["advantages"], clip_range=args.cliprange)
+    if trainer.score_floor is not None:
+        losses = trainer.score_floor.value * losses
+    new = logprobs.detach()
+    distance = (torch.exp(new - old) - 1).abs()  # of the ratio from 1
+    metrics.add_masked("loss/policy", losses, mask)
+    metrics.add_masked("policy/clip_fraction", distance > args.cliprange, mask)
+    metrics.add_masked("policy/approx_kl", kl_estimate(old, new, estimator="k3"), mask)
+    if trainer.state.global_step % args.steps_per_update == 0:
+        metrics.add_masked("policy/ratio_error_at_start", distance, mask)
+    return losses
+
+
+def value_losses(trainer: PPOTrainer, values, batch, mask) -> torch.Tensor:
+    """Return and log the value loss of each token, [B, T]."""
+    metrics, old, clip = trainer.metrics["train"], batch["values"], trainer.args.cliprange_value
+    losses = ppo_value_loss(values, old, batch["returns"], clip_range=clip)
+    metrics.add_masked("loss/value", losses, mask)
+    metrics.add_masked("value/clip_fraction", (values.detach() - old).abs() > clip, mask)
+    return losses

@@ -1,4 +1,4 @@
-"""From prompts to a scored rollout: sample, reward, log-probs, values, advantages."""
+"""Make a scored rollout of prompts: completions, rewards, log-probs, values and advantages."""
 
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,63 +22,64 @@ from lifecycle_hf.objectives.policy import (
     whiten,
 )
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
+from lifecycle_hf.trainers.policy.actor_critic import ActorCritic
 
 EXACT = (torch.float32, torch.float64)
 RESERVED = ("prompt", "prompt_ids", "prompts", "completions")
 
 
 class RolloutMaker:
-    """Makes the rollouts of a [`PPOTrainer`], which holds the models, the options and the KL control.
+    """Make the rollouts of a [`PPOTrainer`], which holds the models, the options and the KL control.
 
     Attributes:
         means: of the last rollout over all ranks: "kl" (the sum over tokens, mean over completions, nats), "entropy"
             (mean over tokens, nats), "length" (tokens per completion) and "score" (per completion).
-        kept: log-probs and entropies of the micro-batch that is trained on first, with their graph, until it is.
-        reward_moments: running mean and deviation of the scores, used where `reward_normalization="running"`.
+        kept: log-probs and entropies of the first micro-batch to train on, with their graph, until it is trained on.
+        reward_moments: running mean and deviation of the scores, used with `reward_normalization="running"`.
     """
 
     def __init__(self, trainer, reward_sources, stop_token_ids: list[int]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.tokenizer = trainer.processing_class
-        self.sources, self.stop_token_ids = reward_sources, stop_token_ids
-        self.value = trainer.accelerator.unwrap_model(trainer.model).value
-        self.reward_moments = RunningMoments()
+        self.tokenizer, self.sources, self.stop_token_ids = trainer.processing_class, reward_sources, stop_token_ids
+        model = self.accelerator.unwrap_model(trainer.model)
+        self.value, self.reward_moments, self.vllm = model.value, RunningMoments(), None
         self.means: dict[str, float] = {}
         self.kept: dict[str, torch.Tensor] = {}
-        self.vllm = None
         if self.args.use_vllm:
-            self._check_vllm(self.accelerator.unwrap_model(trainer.model))
+            check_vllm(model, trainer.is_fsdp_enabled)
             self.vllm = VLLMSampler(self.accelerator, self.args.vllm_server_base_url, self.args.vllm_server_timeout)
         rank = self.accelerator.process_index
-        # The Hub is sent nothing whose name starts with an underscore.
+        # A push to the Hub leaves out files whose name starts with an underscore.
         self.kept_scores = KeptScores(Path(self.args.output_dir) / f"_unscored_rollout_rank{rank}.jsonl")
 
     @torch.no_grad()
     def make(
         self, rows: list[dict[str, Any]], metrics: MetricAccumulator, training: bool = True, first: int | None = None
     ) -> list[dict[str, torch.Tensor]]:
-        """Samples a completion for each row and returns micro-batches of what the losses need.
-
-        Outside training sampling is seeded by itself, so that an evaluation leaves the run as it was. The graph of the
-        micro-batch `first` is left in `kept`.
+        """Sample a completion for each row and return micro-batches with the inputs of the losses.
 
         Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
         "advantages", and with a critic "values", "returns"; for a value head "features" [B, T + 1, H].
+
+        Args:
+            training: if False, sampling has its own seed, so that an evaluation does not change the run.
+            first: index of the micro-batch whose graph is left in `kept`.
         """
-        model = self.trainer.model_wrapped
-        model.eval()
+        self.trainer.model_wrapped.eval()
         samples, completion_ids = self._sample(rows, None if training else self.args.seed)
-        size = self.args.per_device_train_batch_size
-        prompts = [row["prompt_ids"] for row in rows]
+        size, prompts = self.args.per_device_train_batch_size, [row["prompt_ids"] for row in rows]
         batches = [self._batch(prompts[i : i + size], completion_ids[i : i + size]) for i in range(0, len(rows), size)]
         raw = self._raw_scores(samples, size)
         ended = torch.tensor([ids[-1] in self.stop_token_ids for ids in completion_ids])
         scores = self._shape(raw, ended, training)
-        self._log_scores(raw, scores, ended, completion_ids, metrics)
-        if training and self.args.log_completions and self._time_to_show():
+        metrics.add("completions/no_eos", (~ended).sum(), len(rows))
+        metrics.add("completions/length", sum(map(len, completion_ids)), len(rows))
+        for name, values in ({f"reward/{name}": values for name, values in raw.items()} | {"score": scores}).items():
+            metrics.add(name, values.sum(), len(rows))
+        if training and self.args.log_completions:
             self._show(samples, raw, scores)
         scored, self._sums, self.kept = [{} for _ in batches], [], {}
-        for i in sorted(range(len(batches)), key=lambda i: i == first):  # a graph is kept no longer than need be
+        for i in sorted(range(len(batches)), key=lambda i: i == first):  # last, so that its graph lives shortly
             part, device = slice(i * size, (i + 1) * size), batches[i].input_ids.device
             scored[i] = self._score(batches[i], scores[part].to(device), ended[part], metrics, keep=i == first)
         self._finish_advantages(scored, metrics)
@@ -110,7 +111,7 @@ class RolloutMaker:
 
     @contextmanager
     def _whole_policy(self):
-        """The policy; where it is sharded it is gathered once for the whole decoding, not for every token."""
+        """Yield the policy. If it is sharded, it is gathered once for the whole decoding, not for every token."""
         engine = self.trainer.model_wrapped
         actor_critic = self.accelerator.unwrap_model(engine)
         policy = actor_critic.policy
@@ -129,44 +130,24 @@ class RolloutMaker:
                 finally:
                     add_hooks(engine)
 
-    def _check_vllm(self, actor_critic) -> None:
-        """The server takes whole weights with the adapter merged in, which sharded and quantised layers can't give."""
-        quantised = getattr(actor_critic.policy, "is_quantized", False)
-        adapters = actor_critic.shared is not None
-        sharded = adapters and is_sharded(actor_critic.policy)
-        config = actor_critic.policy.active_peft_config if adapters else None
-        beside = [n for n in ("modules_to_save", "trainable_token_indices") if getattr(config, n, None)]
-        if quantised or sharded or beside or self.trainer.is_fsdp_enabled:
-            raise ValueError(
-                "use_vllm needs weights that can be sent whole: no quantised policy, no FSDP, no adapters under "
-                f"ZeRO-3, none with {' or '.join(beside) or 'modules_to_save'}, which merging leaves out. Use DDP or "
-                "ZeRO-2 and plain adapters, or leave use_vllm out."
-            )
-
     def _merges(self, actor_critic) -> bool:
-        """Whether decoding runs on merged weights; in low precision merging would round small changes away."""
+        """Return whether decoding runs on merged weights; in low precision merging would round small changes away."""
         if actor_critic.shared is None or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
             return False
-        return (
-            bool(self.args.merge_adapter)
-            or self.vllm is not None
-            or next(actor_critic.policy.parameters()).dtype in EXACT
-        )
+        exact = next(actor_critic.policy.parameters()).dtype in EXACT
+        return bool(self.args.merge_adapter) or self.vllm is not None or exact
 
     def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
-        """Scores [N] of every reward function, as it gave them. What is known when one fails is kept in a file."""
+        """Return the scores [N] of every reward function. If one raises, the scores of the others go to a file."""
         known, raw = self.kept_scores.read(samples), {}
         for source in self.sources:
             try:
-                raw[source.name] = (
-                    known[source.name] if source.name in known else self._scores_of(source, samples, size)
-                )
+                scores = known.get(source.name)
+                raw[source.name] = self._scores_of(source, samples, size) if scores is None else scores
             except ValueError as error:
                 self.kept_scores.write(samples, raw)
                 where = f"The completions and {len(raw)} of {len(self.sources)} columns of scores are in"
-                raise ValueError(
-                    f"{error} {where} {self.kept_scores.path}; a resumed run takes them from there."
-                ) from error
+                raise ValueError(f"{error} {where} {self.kept_scores.path}; a resumed run reads that file.") from error
         if known:
             self.kept_scores.clear()
         return raw
@@ -176,8 +157,8 @@ class RolloutMaker:
             return torch.tensor(source.function(samples), dtype=torch.float32)
         ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
         for i in range(0, len(ids), size):
-            # A reward model reads the last state of whole sequences only: where the prompt ends plays no part, nor
-            # which token pads, but that its vocabulary has it.
+            # A reward model reads the last state of a whole sequence, so it does not matter where the prompt ends, nor
+            # which token pads, if it is in the vocabulary.
             heads, tails = [row[:-1] for row in ids[i : i + size]], [row[-1:] for row in ids[i : i + size]]
             batch = Completions.from_lists(heads, tails, 0, self.args.device)
             scores.append(self._run(batch, key)[key].float().cpu())
@@ -191,9 +172,10 @@ class RolloutMaker:
         return scores
 
     def _shape(self, raw: dict[str, torch.Tensor], ended: torch.Tensor, training: bool) -> torch.Tensor:
-        """Σ weights × raw scores, in training normalised and clipped, minus the penalty for a missing stop token: [N].
+        """Return the scores [N]: Σ weights × raw scores, minus the penalty for a missing stop token.
 
-        An evaluation leaves the scale as it is, so that what it says before and after a run can be compared.
+        In training the sum is normalised and clipped before. An evaluation leaves it as it is, so that scores before
+        and after a run can be compared.
         """
         args = self.args
         weights = args.reward_weights or [1.0] * len(raw)
@@ -206,22 +188,14 @@ class RolloutMaker:
             score = score.clamp(-args.reward_clip, args.reward_clip)
         return score - (args.missing_eos_penalty or 0.0) * ~ended
 
-    def _log_scores(self, raw, scores, ended, completion_ids, metrics: MetricAccumulator) -> None:
-        n = len(scores)
-        for name, values in raw.items():
-            metrics.add(f"reward/{name}", values.sum(), n)
-        metrics.add("score", scores.sum(), n)
-        metrics.add("completions/no_eos", (~ended).sum(), n)
-        metrics.add("completions/length", sum(map(len, completion_ids)), n)
-
     def _forward(self, batch: Completions, keep: bool) -> dict[str, torch.Tensor]:
-        """What every role says of a micro-batch; with `keep` the policy's part has its graph in `kept`."""
+        """Return the outputs of all models for a micro-batch; `keep` leaves the policy's, with graph, in `kept`."""
         policy, others = ("logprobs", "entropy"), ("ref_logprobs",) + ("values",) * (self.value is not None)
         others += ("ref_states",) * (self.value == "head")
         if not keep:
             return self._run(batch, *policy, *others)
         out = self._run(batch, *others)
-        self.trainer.model_wrapped.train()  # the mode in which checkpointing works
+        self.trainer.model_wrapped.train()  # gradient checkpointing works in train mode only
         with torch.enable_grad():
             gradient = ("entropy_gradient",) * (self.args.entropy_coef > 0)
             self.kept = {name: x for name, x in self._run(batch, *policy, *gradient).items() if name in policy}
@@ -230,7 +204,7 @@ class RolloutMaker:
     def _score(
         self, batch: Completions, scores, ended, metrics: MetricAccumulator, keep: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Log-probs, KL, values and unwhitened advantages of a micro-batch."""
+        """Return the inputs of the losses for a micro-batch, with advantages that are not whitened yet."""
         args, kl_coef, mask = self.args, self.trainer.kl_control.kl_coef, batch.mask
         out = self._forward(batch, keep)
         kl = torch.where(mask, kl_estimate(out["logprobs"], out["ref_logprobs"]), 0.0)
@@ -241,7 +215,7 @@ class RolloutMaker:
         metrics.add_masked("entropy", out["entropy"], mask)
         result = {name: getattr(batch, name) for name in ("input_ids", "prompt_lengths", "completion_lengths")}
         result["logprobs"] = out["logprobs"]
-        if "ref_states" in out:  # many numbers, seldom needed: they wait in the host's memory
+        if "ref_states" in out:  # large and seldom needed, so kept in the host's memory
             result["features"] = out["ref_states"].cpu()
         if self.value is None:
             return result | {"advantages": discounted_returns(rewards, mask, gamma=args.gamma)}
@@ -256,7 +230,7 @@ class RolloutMaker:
         return result | {"values": values, "advantages": advantages, "returns": returns}
 
     def _finish_advantages(self, scored: list[dict[str, torch.Tensor]], metrics: MetricAccumulator) -> None:
-        """Whitens advantages (or takes their mean off, REINFORCE's baseline) over all ranks; logs what V explains."""
+        """Whiten advantages over all ranks (REINFORCE may only subtract the mean), and log the explained variance."""
         masks = [_mask(batch) for batch in scored]
         mean, variance = self._moments([batch["advantages"] for batch in scored], masks)
         if self.args.whiten_advantages or "values" not in scored[0]:
@@ -270,7 +244,7 @@ class RolloutMaker:
                 metrics.add("value/explained_variance", 1 - residual / total)
 
     def _moments(self, values: list[torch.Tensor], masks: list[torch.Tensor]) -> tuple[float, float]:
-        """Mean and variance over the masked entries of all ranks, in two passes so that nothing cancels."""
+        """Return mean and variance of the masked entries on all ranks, in two passes for precision."""
         x = torch.cat([v[m] for v, m in zip(values, masks, strict=True)]).double()
         total, count = self._reduce(x.sum(), x.numel())
         squares, _ = self._reduce((x - total / count).square().sum(), x.numel())
@@ -280,21 +254,35 @@ class RolloutMaker:
         local = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(local, "sum").tolist()
 
-    def _time_to_show(self) -> bool:
-        state, per_update = self.trainer.state, self.args.steps_per_update
-        every = max(1, round(state.logging_steps or 1) // per_update)
-        return self.accelerator.is_main_process and (state.global_step // per_update) % every == 0
-
     def _show(self, samples: Samples, raw: dict[str, torch.Tensor], scores: torch.Tensor) -> None:
-        n = min(self.args.num_completions_to_print, len(scores))
-        columns = {name: values[:n].tolist() for name, values in raw.items()} | {"score": scores[:n].tolist()}
-        print_prompt_completions_sample(
-            samples.prompts[:n], samples.completions[:n], columns, None, self.trainer.state.global_step
+        """Print a table of completions, once in `logging_steps` optimizer steps."""
+        state, per_update, n = self.trainer.state, self.args.steps_per_update, self.args.num_completions_to_print
+        every = max(1, round(state.logging_steps or 1) // per_update)
+        if self.accelerator.is_main_process and (state.global_step // per_update) % every == 0:
+            columns = {name: values[:n].tolist() for name, values in (raw | {"score": scores}).items()}
+            prompts, completions = samples.prompts[:n], samples.completions[:n]
+            print_prompt_completions_sample(prompts, completions, columns, None, state.global_step)
+
+
+def check_vllm(model: ActorCritic, fsdp: bool) -> None:
+    """Check that the vLLM server can get whole weights with the adapter merged in.
+
+    Raises:
+        ValueError: the policy is quantised or sharded, or its adapter has weights that merging leaves out.
+    """
+    config = model.policy.active_peft_config if model.shared is not None else None
+    beside = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
+    sharded = model.shared is not None and is_sharded(model.policy)
+    if getattr(model.policy, "is_quantized", False) or sharded or beside or fsdp:
+        raise ValueError(
+            "use_vllm needs weights that can be sent whole: no quantised policy, no FSDP, no adapters under ZeRO-3, "
+            f"none with {' or '.join(beside) or 'modules_to_save'}, which merging leaves out. Use DDP or ZeRO-2 and "
+            "plain adapters, or leave use_vllm out."
         )
 
 
 def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor once, under the first of its names."""
+    """Return every tensor once, under the first of its names."""
     names = {id(tensor): name for name, tensor in reversed(weights.items())}
     return {name: tensor for name, tensor in weights.items() if names[id(tensor)] == name}
 

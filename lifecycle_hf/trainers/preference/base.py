@@ -1,4 +1,4 @@
-"""What the trainers that learn from given completions share: data, reference, exact normalisation and metrics."""
+"""Code that the trainers on given completions share: data, reference, exact normalisation and metrics."""
 
 import warnings
 from collections.abc import Callable
@@ -16,38 +16,33 @@ from transformers import Trainer, set_seed
 from lifecycle_hf.completions.scoring import Completions, packs
 from lifecycle_hf.data.schemas import check_train_dataset
 from lifecycle_hf.models.loading import disable_dropout, is_sharded
-from lifecycle_hf.models.reference import (
-    load_logprobs,
-    model_fingerprint,
-    rows_fingerprint,
-    save_logprobs,
-)
+from lifecycle_hf.models.reference import load_logprobs, model_fingerprint, rows_fingerprint, save_logprobs
 from lifecycle_hf.trainers.base.mitigations import protect
 from lifecycle_hf.trainers.base.policy import PolicyAndReference, PolicyBuilder, PolicyTrainerMixin
 
 RowMetrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Name -> (total, count) of every example, [B] each."""
+"""{metric: (total, count)} with one entry per example, [B] each."""
 
 
 class CompletionTrainer(PolicyTrainerMixin, Trainer):
-    """Base of the trainers whose examples are a prompt with given completions.
+    """Base class of the trainers whose examples are a prompt with given completions.
 
-    The loss is the mean over the examples of an optimizer step, all micro-batches and ranks together. A subclass names
-    the columns of its completions and of their reference log-probs, in one order, and computes `losses`.
+    The loss is the mean over all examples of an optimizer step, over all its micro-batches and ranks. A subclass names
+    the columns of its completions and those of their reference log-probs, in the same order, and computes `losses`.
 
     Args:
         model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
-        ref_model: reference; by default a frozen copy of the policy as it starts, with PEFT the base with adapters
-            off, or a frozen copy of the adapter that the policy starts from.
+        ref_model: reference; by default a frozen copy of the policy at the start of training, with PEFT the base with
+            its adapters off, or a frozen copy of the adapter that the policy starts from.
         args: options of the subclass.
         train_dataset, eval_dataset: in TRL's formats, chat or plain; `eval_dataset` may be a dict of several.
         processing_class: tokenizer; the model's by default.
         ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
         peft_config, quantization_config: as in TRL.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        kwargs: callbacks, optimizers and others, as in `transformers.Trainer`.
 
     Raises:
-        ValueError: for whatever would make the run wrong, before it starts, naming the place and the mend.
+        ValueError: data, model, tokenizer or options would make the run wrong. It is raised before training.
     """
 
     loss_is_scaled_for_ga = True
@@ -55,6 +50,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     columns: tuple[str, ...]
     ref_columns: tuple[str, ...]
     extra_columns: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("",)  # of the inputs' names, one for each batch of completions
     needs_reference = True
 
     def __init__(
@@ -69,22 +65,15 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         ptx_dataset: Dataset | None = None,
         peft_config=None,
         quantization_config=None,
-        callbacks=None,
-        optimizers=(None, None),
+        **kwargs,
     ):
         name = type(self).__name__
         args = args if args is not None else self.config_class(f"output/{name.removesuffix('Trainer').lower()}")
         self.args = args
         check_train_dataset(train_dataset, name)
-        set_seed(args.seed)  # fresh adapters are random
-        builder = PolicyBuilder(
-            args,
-            model,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            init_kwargs=args.model_init_kwargs,
-        )
+        set_seed(args.seed)  # new adapters are random
+        options = {"quantization_config": quantization_config, "init_kwargs": args.model_init_kwargs}
+        builder = PolicyBuilder(args, model, processing_class=processing_class, peft_config=peft_config, **options)
         tokenizer = builder.tokenizer
         self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
         train_dataset = self.prepare_train(self._tokenized(train_dataset, "train_dataset"))
@@ -94,16 +83,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         whole = PolicyAndReference(builder.policy, shared=builder.shared, **reference)
         if args.disable_dropout:
             disable_dropout(whole)
-        super().__init__(
-            model=whole,
-            args=args,
-            data_collator=self._collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        super().__init__(whole, args, self._collate, train_dataset, eval_dataset, tokenizer, **kwargs)
         self.check_engine()
         self._step_examples, self.displacement = 0.0, Displacement()
         self.stateful["displacement"] = self.displacement
@@ -117,11 +97,11 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     # Data
 
     def tokenize(self, dataset: Dataset, where: str) -> Dataset:
-        """Rows of "prompt_ids" and of the ids in `columns`."""
+        """Return rows with "prompt_ids" and with the ids of the completions in `columns`."""
         raise NotImplementedError
 
     def prepare_train(self, dataset: Dataset) -> Dataset:
-        """Checks the tokenised training data as a whole."""
+        """Check the tokenised training data, and return them."""
         return dataset
 
     @staticmethod
@@ -148,7 +128,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         return out
 
     def _pack(self, rows: list[dict], columns: tuple[str, ...], prefix: str = "") -> dict[str, torch.Tensor]:
-        """The completions of the first column for every row, then those of the next; rows share their prompt."""
+        """Return the completions of the first column of all rows, then those of the next column, as one batch."""
         batch = Completions.from_lists(
             [row["prompt_ids"] for _ in columns for row in rows],
             [row[name] for name in columns for row in rows],
@@ -162,19 +142,16 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         names = ("input_ids", "prompt_lengths", "completion_lengths", "groups")
         return Completions(*(inputs[prefix + name] for name in names))
 
-    # The reference's log-probs, once
+    # Log-probs of the reference that are computed once
 
     def _with_reference(self, dataset: Dataset, where: str, keep: bool = True) -> Dataset:
-        """`dataset` with the columns of the reference's log-probs, read where they are kept already."""
+        """Return `dataset` with the columns of the reference's log-probs, read from their file if it is there."""
         if set(self.ref_columns) <= set(dataset.column_names):
             return dataset
-        path = (
-            Path(self.args.ref_log_probs_path) / f"{where}.safetensors"
-            if keep and self.args.ref_log_probs_path
-            else None
-        )
+        folder = self.args.ref_log_probs_path if keep else None
+        path = Path(folder) / f"{where}.safetensors" if folder else None
         fingerprint = {} if path is None else self._reference_fingerprint() | {"data": rows_fingerprint(dataset)}
-        # The main process decides: other machines may not see its folder.
+        # The main process decides, since other machines may have another file system.
         read = self.is_world_process_zero() and path is not None and path.exists()
         (columns,) = broadcast_object_list([load_logprobs(path, fingerprint) if read else None])
         if columns is None:
@@ -197,17 +174,17 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     def _reference_columns(self, dataset: Dataset, where: str) -> dict[str, list[float]]:
         if self.model.reference is None and self.model.reference_role is None:
             raise ValueError(
-                "The reference's log-probs were computed before training, and its model was let go of: give this "
-                "dataset as eval_dataset from the start, or turn precompute_ref_log_probs off."
+                "precompute_ref_log_probs removed the reference before training: turn it off, or give this dataset as "
+                "eval_dataset from the start."
             )
         if is_sharded(self.model):
             raise ValueError(
-                "precompute_ref_log_probs does not run under ZeRO-3: make them in one process with the same "
-                "ref_log_probs_path, which the run under ZeRO-3 then reads, or turn it off."
+                "precompute_ref_log_probs does not run under ZeRO-3: turn it off, or compute them in one process with "
+                "the same ref_log_probs_path, from which the run under ZeRO-3 reads them."
             )
         args, world = self.args, self.accelerator.num_processes
         if self.is_deepspeed_enabled and not getattr(self.model.policy, "is_quantized", False):
-            self.model.to(args.device)  # DeepSpeed does so itself, but not before training
+            self.model.to(args.device)  # DeepSpeed moves the model, but only when training starts
         size = args.per_device_train_batch_size if where == "train" else args.per_device_eval_batch_size
         own = range(self.accelerator.process_index, len(dataset), world)
         loader = DataLoader(dataset.select(own), args.precompute_ref_batch_size or size, collate_fn=self._collate)
@@ -220,18 +197,26 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         return {name: [rows[i][k] for i in range(len(rows))] for k, name in enumerate(self.ref_columns)}
 
     def reference_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Σ log π_ref of the completions of each column, [columns, B]."""
-        out = model(self.completions(inputs), want=("ref_logprobs",))
-        return out["ref_logprobs"].sum(1).view(len(self.ref_columns), -1)
+        """Return Σ log π_ref of the completions of each of `ref_columns`, [columns, B], nats."""
+        outs = [model(self.completions(inputs, prefix), want=("ref_logprobs",)) for prefix in self.prefixes]
+        return torch.cat([out["ref_logprobs"].sum(1) for out in outs]).view(len(self.ref_columns), -1)
+
+    def score(self, model, inputs: dict[str, torch.Tensor], *want: str, prefix: str = "") -> tuple[dict, torch.Tensor]:
+        """Return what `want` names of the completions, and Σ log π_ref of these, or of all columns if it is known."""
+        known, batch = inputs.get("ref_logps"), self.completions(inputs, prefix)
+        if known is None and self.needs_reference:
+            out = model(batch, want=(*want, "ref_logprobs"))
+            return out, out["ref_logprobs"].sum(1)
+        return model(batch, want=want), known
 
     # The loop
 
     def losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, RowMetrics]:
-        """Loss of every example, [B], and its metrics."""
+        """Return the loss of every example, [B], and its metrics."""
         raise NotImplementedError
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in transformers; counts the examples of the optimizer step over all micro-batches and ranks."""
+        """As in transformers, but count the examples of the step, over all its micro-batches and ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(len(batch["input_ids"]) for batch in batches) / len(self.columns)
         self._step_examples = self.accelerator.reduce(torch.tensor(count, device=device), "sum").item()
@@ -241,9 +226,8 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         losses, rows = self.losses(model, inputs)
         training = self.model.training
         if training:
-            # Engines average gradients over processes; the loss is a share of a sum, so the average is undone.
-            loss = losses.sum() / self._step_examples * self.accelerator.num_processes
-            loss = self.with_auxiliary(loss)
+            # DDP and the other engines average gradients over processes. The loss is a share of a sum, so undo that.
+            loss = self.with_auxiliary(losses.sum() / self._step_examples * self.accelerator.num_processes)
             self._count_tokens(model, inputs)
         else:
             loss = losses.mean()
@@ -263,12 +247,11 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         self.metrics["train"].add("tokens_saved", saved, padded)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """The metrics of training on held-out data, exact over all of it."""
+        """Return the metrics of training on held-out data, exact over all rows."""
         eval_dataset = eval_dataset if isinstance(eval_dataset, str) else self._tokenized(eval_dataset, "eval_dataset")
         if self.needs_reference and self.args.precompute_ref_log_probs and isinstance(eval_dataset, Dataset | dict):
             eval_dataset = self._each(eval_dataset, partial(self._with_reference, keep=False), metric_key_prefix)
@@ -279,24 +262,26 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         displacement, patience = logs.get("logps/chosen_displacement"), self.args.displacement_patience
         if displacement is None:
             return
-        fallen = self.displacement.update(displacement, self.state.global_step)
+        step = self.state.global_step
+        fallen = self.displacement.update(displacement, step)
         if patience and fallen >= patience and not self.displacement.told:
             self.displacement.told = True
             warnings.warn(
                 f"For {fallen} steps the chosen answers have been less likely than at the start (by "
-                f"{-displacement:.3g} nats at step {self.state.global_step}): likelihood moves to answers that are "
-                "neither. Raise beta, lower the learning rate, or add a language-modelling loss on the chosen answers "
+                f"{-displacement:.3g} nats at step {step}): likelihood moves to answers that are in neither column. "
+                "Raise beta, lower the learning rate, or add a language-modelling loss on the chosen answers "
                 "(docs/preference.md).",
-                UserWarning,
                 stacklevel=2,
             )
 
 
 class Displacement:
-    """For how many steps the chosen answers have been less likely than at the start.
+    """Count the steps for which the chosen answers have been less likely than at the start.
 
     Attributes:
         baseline: mean log-prob per token of the first logged steps, for objectives without a reference.
+        fallen_from: first step of the present count; None while the chosen answers are as likely as at the start.
+        told: whether the trainer has warned.
     """
 
     def __init__(self):
@@ -305,6 +290,7 @@ class Displacement:
         self.told = False
 
     def update(self, displacement: float, step: int) -> int:
+        """Take in the rise of the chosen answers' log-prob at `step`, and return the number of steps."""
         if displacement >= 0:
             self.fallen_from = None
         elif self.fallen_from is None:

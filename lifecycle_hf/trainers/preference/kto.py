@@ -1,9 +1,8 @@
-"""Kahneman-Tversky optimisation: unpaired answers, each labelled desirable or not."""
+"""Kahneman-Tversky optimisation (KTO) on unpaired answers, each labelled desirable or not."""
 
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ KL = "KL_"
 
 
 class RunningReference:
-    """z₀ as a running mean of log-ratios: m ← 0.9·m + 0.1·mean of the step, from m = 0, where policy = reference."""
+    """Keep the running mean m of log-ratios: m ← 0.9·m + 0.1·mean of the step, from m = 0 (policy = reference)."""
 
     def __init__(self):
         self.mean = 0.0
 
     def update(self, mean: float) -> None:
+        """Take in the mean of an optimizer step, in nats."""
         self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * mean
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,22 +38,23 @@ class RunningReference:
 
 
 class KTOTrainer(CompletionTrainer):
-    """Trains a policy on answers that are each desirable or not, by KTO's value function.
+    """Train a policy on answers that are each desirable or not, by the value function of KTO.
 
-    λ_D·(1 − σ(β(h − z₀))) for a desirable answer, λ_U·(1 − σ(β(z₀ − h))) for another; h = log π(y|x) − log π_ref(y|x).
-    z₀ is one number for an optimizer step, all its micro-batches and ranks (or for all held-out data): max(0, the mean
-    of h over *mismatched* answers), each from a row with another prompt, whatever the batch size; or a running mean of
-    h. Pairs are taken too: each becomes a desirable and an undesirable answer.
+    The loss of a desirable answer is λ_D·(1 − σ(β(h − z₀))), that of an undesirable one λ_U·(1 − σ(β(z₀ − h))), with
+    h = log π(y|x) − log π_ref(y|x). z₀ is one number for an optimizer step, over all its micro-batches and ranks (or
+    for all held-out data). It is max(0, mean of h over *mismatched* answers), each from a row with another prompt,
+    whatever the batch size; or it is a running mean of h. Of pairs, each becomes a desirable and an undesirable
+    answer.
 
-    Metrics, means over answers (prefix `eval_` on held-out ones): `rewards/chosen`, `rewards/rejected` (β·h of
-    the desirable and of the others), `rewards/margins` (their difference), `rewards/accuracies` (share with h on its
-    side of z₀), `logps/chosen`, `logps/rejected`, `logps/chosen_displacement` (h of the desirable), `kl` (z₀),
-    `entropy`, `tokens_saved`.
+    Metrics, means over answers (with the prefix `eval_` on held-out ones): `rewards/chosen`, `rewards/rejected` (β·h
+    of the desirable and of the undesirable), `rewards/margins` (their difference), `rewards/accuracies` (share with h
+    above z₀ if desirable, else below), `logps/chosen`, `logps/rejected`, `logps/chosen_displacement` (h of the
+    desirable), `kl` (z₀), `entropy`, `tokens_saved`.
 
     Args: see [`CompletionTrainer`]. Data: prompt, completion and label, or preference pairs.
 
     Raises:
-        ValueError: answers of one class only, one prompt only where `reference_point="mismatched"`, and as
+        ValueError: all answers have one label, all rows have one prompt and `reference_point="mismatched"`, and as
             [`CompletionTrainer`].
     """
 
@@ -65,13 +66,14 @@ class KTOTrainer(CompletionTrainer):
         "KTO: λ_D·(1 − σ(β(h − z₀))) for desirable answers, λ_U·(1 − σ(β(z₀ − h))) for others, h = log π − log π_ref."
     )
     card_paper = ("KTO: Model Alignment as Prospect Theoretic Optimization", "2402.01306")
-    card_options = ("max_length", *(f.name for f in fields(KTOConfig) if f.name in KTOConfig.__annotations__))
+    card_options = ("max_length", *KTOConfig.__annotations__)
 
     def __init__(self, model, ref_model=None, args: KTOConfig | None = None, **kwargs):
         args = KTOConfig("output/kto") if args is None else args
         self._mismatched = args.reference_point == "mismatched"
         if self._mismatched:
             self.ref_columns, self.extra_columns = ("ref_logps", "ref_KL_logps"), ("label", f"{KL}completion_ids")
+            self.prefixes = ("", KL)
         super().__init__(model, ref_model, args, **kwargs)
         self._micro_steps, self._logratios = 0, torch.zeros(2, dtype=torch.float64)
         self._running, self._z0 = RunningReference(), 0.0
@@ -91,13 +93,13 @@ class KTOTrainer(CompletionTrainer):
         return rows.remove_columns("prompt_key")
 
     def prepare_train(self, dataset: Dataset) -> Dataset:
-        """Checks that there are answers of both classes; tells once where their weights are out of balance."""
+        """Check that there are answers of both labels, and warn if their weights are out of balance."""
         desirable, weights = sum(dataset["label"]), (self.args.desirable_weight, self.args.undesirable_weight)
         undesirable = len(dataset) - desirable
         if not desirable or not undesirable:
             raise ValueError(
-                f"train_dataset: all {len(dataset)} answers have the label {bool(desirable)}; KTO learns from both "
-                "desirable and undesirable ones. Check the column 'label'."
+                f"train_dataset: all {len(dataset)} answers have the label {bool(desirable)}; KTO needs desirable "
+                "and undesirable ones. Check the column 'label'."
             )
         balance = class_balance(desirable, undesirable, desirable_weight=weights[0], undesirable_weight=weights[1])
         if not 1 <= balance <= 4 / 3 and not math.isclose(balance, 1) and not math.isclose(balance, 4 / 3):
@@ -105,7 +107,7 @@ class KTOTrainer(CompletionTrainer):
             warnings.warn(
                 f"KTO: {desirable} desirable and {undesirable} undesirable answers weigh λ_D·n_D/(λ_U·n_U) = "
                 f"{balance:.2f}, outside [1, 4/3]. With undesirable_weight={weights[1]:g}, a desirable_weight from "
-                f"{low:.2f} to {high:.2f} would be inside.",
+                f"{low:.2f} to {high:.2f} is inside.",
                 stacklevel=4,
             )
         return dataset
@@ -114,17 +116,10 @@ class KTOTrainer(CompletionTrainer):
         out = super()._collate(rows) | {"label": torch.tensor([row["label"] for row in rows])}
         return out | self._pack(rows, (f"{KL}completion_ids",), KL) if self._mismatched else out
 
-    def reference_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        own = model(self.completions(inputs), want=("ref_logprobs",))["ref_logprobs"].sum(1)
-        if not self._mismatched:
-            return own[None]
-        other = model(self.completions(inputs, KL), want=("ref_logprobs",))["ref_logprobs"].sum(1)
-        return torch.stack([own, other])
-
     # The reference point
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in [`CompletionTrainer`]; settles z₀ for the optimizer step."""
+        """As in [`CompletionTrainer`], and compute z₀ for the optimizer step."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_steps = len(batches)
         if self._mismatched and batches:
@@ -134,21 +129,20 @@ class KTOTrainer(CompletionTrainer):
         return batches, count
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        """As in [`CompletionTrainer`]; z₀ is settled once, over the whole held-out data."""
+        """As in [`CompletionTrainer`], with one z₀ for all held-out data."""
         self._held_out, self._held_out_z0 = dataloader.dataset, None
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     @torch.no_grad()
     def _mismatched_mean(self, model, batches: Iterable[dict[str, torch.Tensor]], held_out: bool) -> torch.Tensor:
-        """max(0, mean of h over the mismatched answers of `batches` on all ranks)."""
+        """Return max(0, mean of h over the mismatched answers of `batches` on all ranks)."""
         total, training = torch.zeros(2, device=self.args.device), model.training
         model.eval()
         for inputs in batches:
-            batch, known = self.completions(inputs, KL), "ref_logps" in inputs
             with self.compute_loss_context_manager():
-                out = model(batch, want=("logprobs", *(() if known else ("ref_logprobs",))))
-            reference = inputs["ref_logps"].chunk(2)[1] if known else out["ref_logprobs"].sum(1)
-            logratios = out["logprobs"].sum(1) - reference
+                out, reference = self.score(model, inputs, "logprobs", prefix=KL)
+            logps = out["logprobs"].sum(1)
+            logratios = logps - reference[-len(logps) :]
             if held_out:  # without the rows that only fill up the last batch
                 logratios = self.accelerator.gather_for_metrics(logratios)
             total += torch.stack([logratios.sum(), torch.ones_like(logratios).sum()])
@@ -156,7 +150,7 @@ class KTOTrainer(CompletionTrainer):
         return kto_reference_point(*(total if held_out else self.accelerator.reduce(total, "sum")))
 
     def _step_running_mean(self, logratios: torch.Tensor) -> None:
-        """Takes in a micro-batch; the last of a step moves the running mean."""
+        """Take in the log-ratios of a micro-batch; update the running mean after the last one of a step."""
         self._logratios += torch.tensor([float(logratios.sum()), len(logratios)], dtype=torch.float64)
         self._micro_steps -= 1
         if self._micro_steps == 0:
@@ -167,20 +161,18 @@ class KTOTrainer(CompletionTrainer):
     # The loop
 
     def losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, RowMetrics]:
-        args, batch, labels = self.args, self.completions(inputs), inputs["label"].bool()
+        args, labels = self.args, inputs["label"].bool()
         z0 = self._z0
         if not self.model.training:
             if self._held_out_z0 is None and self._mismatched:
-                # A loader of its own, since a loader counts its rows in itself.
+                # A separate loader, because a loader stores its progress, and gather_for_metrics reads that.
                 loader = DataLoader(self._held_out, args.per_device_eval_batch_size, collate_fn=self._collate)
                 loader = self.accelerator.prepare_data_loader(loader)
                 self._held_out_z0 = self._mismatched_mean(model, loader, held_out=True)
             z0 = self._held_out_z0 if self._mismatched else max(0.0, self._running.mean)
-        known = "ref_logps" in inputs
-        out = model(batch, want=("logprobs", "entropy", *(() if known else ("ref_logprobs",))))
-        reference = inputs["ref_logps"][: len(labels)] if known else out["ref_logprobs"].sum(1)
+        out, reference = self.score(model, inputs, "logprobs", "entropy")
         logps = out["logprobs"].sum(1)
-        logratios = logps - reference
+        logratios = logps - reference[: len(labels)]
         weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
         losses = kto_loss(logratios, labels, z0, beta=args.beta, **weights)
         if self.model.training and not self._mismatched:
@@ -194,7 +186,7 @@ class KTOTrainer(CompletionTrainer):
             "logps/rejected": (logps * ~labels, ~labels),
             "logps/chosen_displacement": (logratios * labels, labels),
             "kl": (one * z0, one),
-            "entropy": (out["entropy"].sum(1), batch.completion_lengths),
+            "entropy": (out["entropy"].sum(1), inputs["completion_lengths"]),
         }
 
     def reduced_metrics(self, kind: str) -> dict[str, float]:
@@ -205,7 +197,7 @@ class KTOTrainer(CompletionTrainer):
 
 
 def _unpair(rows: dict[str, list]) -> dict[str, list]:
-    """Tokenised pairs as answers: the chosen ones, then the rejected ones."""
+    """Return tokenised pairs as answers: the chosen ones, then the rejected ones."""
     n = len(rows["prompt_ids"])
     out = {name: rows[name] * 2 for name in ("prompt_ids", "prompt_key")}
     out |= {"completion_ids": rows["chosen_ids"] + rows["rejected_ids"], "label": [True] * n + [False] * n}
@@ -215,8 +207,11 @@ def _unpair(rows: dict[str, list]) -> dict[str, list]:
 
 
 def with_mismatched(dataset: Dataset, *, seed: int, max_length: int | None, where: str) -> Dataset:
-    """`dataset` with "KL_completion_ids": the answer of the next row with another prompt, in a shuffled order, cut to
-    `max_length` tokens with the prompt it is put under. A column "ref_logps", which lacks theirs, goes.
+    """Return `dataset` with a column "KL_completion_ids" of mismatched answers.
+
+    In a shuffled order of the rows, the mismatched answer is that of the next row with another prompt. It is cut so
+    that it has at most `max_length` tokens together with the prompt of its new row. A column "ref_logps" is removed,
+    as it has no log-probs of the mismatched answers.
 
     Raises:
         ValueError: all rows have the same prompt.
@@ -229,7 +224,7 @@ def with_mismatched(dataset: Dataset, *, seed: int, max_length: int | None, wher
         )
     order, partner = shuffled(n, seed), [0] * n
     other = order[0]
-    for place in reversed(range(2 * n)):  # around twice, as the last rows look on from the start
+    for place in reversed(range(2 * n)):  # two rounds, as the next row of the last one is the first one
         row, following = order[place % n], order[(place + 1) % n]
         other = following if keys[following] != keys[row] else other
         partner[row] = other

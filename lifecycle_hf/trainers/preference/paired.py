@@ -1,4 +1,4 @@
-"""Preference optimisation on pairs: DPO, IPO, ORPO, and any objective that a function and a row of the table add."""
+"""Preference optimisation on pairs by DPO, IPO, ORPO, or an objective that you add to the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,14 +15,14 @@ from lifecycle_hf.trainers.preference.config import PreferenceConfig
 
 @dataclass(frozen=True)
 class Pairs:
-    """Log-probs of a batch of pairs, each [B], nats.
+    """Hold the log-probs of a batch of pairs, each [B], nats.
 
     Attributes:
         chosen_logps, rejected_logps: log π(y|x), summed over the completion.
-        chosen_lengths, rejected_lengths: |y|.
+        chosen_lengths, rejected_lengths: |y|, tokens.
         ref_chosen_logps, ref_rejected_logps: log π_ref(y|x); None without a reference.
-        prompt_logps: Σ log π(x_t | x_<t) over the prompt's tokens but the first; None unless asked for.
-        prompt_lengths: |x|.
+        prompt_logps: Σ log π(x_t | x_<t) over the prompt's tokens except the first; None without `nll_on_prompt`.
+        prompt_lengths: |x|, tokens.
     """
 
     chosen_logps: torch.Tensor
@@ -41,29 +41,29 @@ class Pairs:
 
     @property
     def rejected_logratios(self) -> torch.Tensor:
-        """h_l."""
+        """h_l = log π(y_l|x) − log π_ref(y_l|x)."""
         return self.rejected_logps - self.ref_rejected_logps
 
     @property
     def chosen_mean_logps(self) -> torch.Tensor:
-        """p̄_w, per token."""
+        """p̄_w, the mean log-prob per token of the chosen answer."""
         return self.chosen_logps / self.chosen_lengths
 
     @property
     def rejected_mean_logps(self) -> torch.Tensor:
-        """p̄_l, per token."""
+        """p̄_l, the mean log-prob per token of the rejected answer."""
         return self.rejected_logps / self.rejected_lengths
 
 
 @dataclass(frozen=True)
 class PairedObjective:
-    """A row of [`OBJECTIVES`].
+    """Hold an objective: a row of [`OBJECTIVES`].
 
     Attributes:
-        loss: (pairs, options) -> [B].
-        formula, paper: for the model card; paper is (title, arXiv id).
-        reference: whether it reads the reference's log-probs.
-        options: options of [`PreferenceConfig`] beside `beta` that it reads.
+        loss: function (pairs, options) -> loss of each pair, [B].
+        formula, paper: text for the model card; paper is (title, arXiv id).
+        reference: whether the loss reads the reference's log-probs.
+        options: options of [`PreferenceConfig`] besides `beta` that the loss reads.
     """
 
     loss: Callable[[Pairs, PreferenceConfig], torch.Tensor]
@@ -74,9 +74,8 @@ class PairedObjective:
 
 
 def _dpo(pairs: Pairs, args: PreferenceConfig) -> torch.Tensor:
-    return dpo_loss(
-        pairs.chosen_logratios, pairs.rejected_logratios, beta=args.beta, label_smoothing=args.label_smoothing
-    )
+    options = {"beta": args.beta, "label_smoothing": args.label_smoothing}
+    return dpo_loss(pairs.chosen_logratios, pairs.rejected_logratios, **options)
 
 
 def _ipo(pairs: Pairs, args: PreferenceConfig) -> torch.Tensor:
@@ -115,33 +114,31 @@ OBJECTIVES: dict[str, PairedObjective] = {
         options=("nll_on_prompt",),
     ),
 }
-"""The objectives by name; adding one here makes it known to [`PreferenceTrainer`] and `recipes/dpo.py`."""
+"""The objectives by name. [`PreferenceTrainer`] and `recipes/dpo.py` also know what you add here."""
 
 
 class PreferenceTrainer(CompletionTrainer):
-    """Trains a policy on preference pairs by one of [`OBJECTIVES`].
+    """Train a policy on preference pairs by one of [`OBJECTIVES`].
 
     Metrics, means over pairs (with the prefix `eval_` on held-out ones): `rewards/chosen`, `rewards/rejected` (β·h;
     β·p̄ without a reference), `rewards/margins`, `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums),
-    `logps/chosen_displacement` (h_w; without a reference, in training, p̄_w less what was logged first), `entropy`
-    (per token of the completions), `tokens_saved` (share of the padded batch's tokens that packing spares the model).
+    `logps/chosen_displacement` (h_w; without a reference, in training only, p̄_w minus its first logged value),
+    `entropy` (per token of the completions), `tokens_saved` (share of the tokens of the padded batch that the model
+    need not process because of packing).
 
     Args:
         objective: a name in [`OBJECTIVES`], or a [`PairedObjective`].
         Others: see [`CompletionTrainer`].
 
     Raises:
-        ValueError: an unknown objective, an option that the objective does not read, and as [`CompletionTrainer`].
+        ValueError: the objective is unknown, or it does not read an option that is set; and as [`CompletionTrainer`].
     """
 
     config_class = PreferenceConfig
     columns = ("chosen_ids", "rejected_ids")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
     objective: str | PairedObjective = "dpo"
-    card_options = (
-        "max_length",
-        *(f.name for f in fields(PreferenceConfig) if f.name in PreferenceConfig.__annotations__),
-    )
+    card_options = ("max_length", *PreferenceConfig.__annotations__)
 
     def __init__(self, model, ref_model=None, args: PreferenceConfig | None = None, *, objective=None, **kwargs):
         objective = self.objective if objective is None else objective
@@ -168,21 +165,13 @@ class PreferenceTrainer(CompletionTrainer):
         return tokenize_pairs(to_preference(dataset, where), where=where, **self._tokenizing)
 
     def losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, RowMetrics]:
-        batch = self.completions(inputs)
-        want = ["logprobs", "entropy"]
-        want += ["ref_logprobs"] if self.needs_reference and "ref_logps" not in inputs else []
-        want += ["prompt_logprobs"] if self.args.nll_on_prompt else []
-        out = model(batch, want=tuple(want))
-        sums = out["logprobs"].sum(1)
-        reference, prompt = (None, None), None
-        if self.needs_reference:
-            reference = (inputs["ref_logps"] if "ref_logps" in inputs else out["ref_logprobs"].sum(1)).chunk(2)
-        if self.args.nll_on_prompt:
-            prompt = out["prompt_logprobs"].chunk(2)[0]
-        lengths = batch.completion_lengths.chunk(2)
-        pairs = Pairs(*sums.chunk(2), *lengths, batch.prompt_lengths.chunk(2)[0], *reference, prompt)
-        losses = self.objective.loss(pairs, self.args)
-        return losses, self._rows(pairs, out["entropy"].sum(1).chunk(2))
+        prompts = ("prompt_logprobs",) if self.args.nll_on_prompt else ()
+        out, reference = self.score(model, inputs, "logprobs", "entropy", *prompts)
+        reference = reference.chunk(2) if self.needs_reference else (None, None)
+        prompt = out["prompt_logprobs"].chunk(2)[0] if prompts else None
+        lengths, (prompt_lengths, _) = inputs["completion_lengths"].chunk(2), inputs["prompt_lengths"].chunk(2)
+        pairs = Pairs(*out["logprobs"].sum(1).chunk(2), *lengths, prompt_lengths, *reference, prompt)
+        return self.objective.loss(pairs, self.args), self._rows(pairs, out["entropy"].sum(1).chunk(2))
 
     @torch.no_grad()
     def _rows(self, pairs: Pairs, entropies: tuple[torch.Tensor, torch.Tensor]) -> RowMetrics:
@@ -191,8 +180,7 @@ class PreferenceTrainer(CompletionTrainer):
             chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
             displacement = {"logps/chosen_displacement": (pairs.chosen_logratios, one)}
         else:
-            chosen, rejected = beta * pairs.chosen_mean_logps, beta * pairs.rejected_mean_logps
-            displacement = {}
+            chosen, rejected, displacement = beta * pairs.chosen_mean_logps, beta * pairs.rejected_mean_logps, {}
         return displacement | {
             "rewards/chosen": (chosen, one),
             "rewards/rejected": (rejected, one),
@@ -214,19 +202,19 @@ class PreferenceTrainer(CompletionTrainer):
 
 
 class DPOTrainer(PreferenceTrainer):
-    """[`PreferenceTrainer`] with direct preference optimisation."""
+    """Train by direct preference optimisation: [`PreferenceTrainer`] with the objective "dpo"."""
 
     objective = "dpo"
 
 
 class IPOTrainer(PreferenceTrainer):
-    """[`PreferenceTrainer`] with identity preference optimisation; τ is `beta`."""
+    """Train by identity preference optimisation: [`PreferenceTrainer`] with the objective "ipo"; τ is `beta`."""
 
     objective = "ipo"
 
 
 class ORPOTrainer(PreferenceTrainer):
-    """[`PreferenceTrainer`] with odds-ratio preference optimisation, which needs no reference; λ is `beta`."""
+    """Train by odds-ratio preference optimisation, which needs no reference: the objective "orpo"; λ is `beta`."""
 
     objective = "orpo"
 

@@ -1,4 +1,4 @@
-"""The reward-model stage: Bradley–Terry on preference pairs, held-out accuracy and calibration, centred scores."""
+"""Train reward models by Bradley–Terry on preference pairs, with held-out calibration and centred scores."""
 
 import copy
 import json
@@ -19,47 +19,41 @@ from lifecycle_hf.evaluation.pictures import plot_reliability
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import ensure_pad_token, load_classifier, prepare_quantized
 from lifecycle_hf.objectives.reward import bradley_terry_loss
-from lifecycle_hf.trainers.base.options import STRICT_DATA, option
 from lifecycle_hf.trainers.supervised.base import (
+    StageConfig,
     StageTrainerMixin,
+    loading_options,
     own_copy,
     prepare_tokenizer,
-    settle_defaults,
 )
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
-    """TRL's options for reward models and `strict_data`; an unset `bf16` is off on a machine without accelerator."""
-
-    strict_data: bool = option(False, STRICT_DATA)
-
-    def __post_init__(self):
-        settle_defaults(self)
-        super().__post_init__()
+class RewardConfig(StageConfig, trl.RewardConfig):
+    """Hold TRL's options for reward models and `strict_data`; an unset `bf16` is off without an accelerator."""
 
 
 class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
-    """Trains a scalar reward on preference pairs: −log σ(r_w − r_l [− margin]).
+    """Train a scalar reward on preference pairs: −log σ(r_w − r_l [− margin]).
 
-    The score is the head's output at the last real token: data are ended at their EOS, and the pad token is one that
-    ends no text, so that transformers pools the right token too. `AutoModelForSequenceClassification.from_pretrained`
-    gives the raw scores; `config.reward_center`, their mean over the held-out chosen and rejected answers, is
-    subtracted by `load_reward_model`.
+    The score is the output of the head at the last token before the padding. The data end with their EOS token, and
+    the pad token is one that ends no text, so that transformers reads the score at the same token.
+    `AutoModelForSequenceClassification.from_pretrained` gives the raw scores. `load_reward_model` subtracts
+    `config.reward_center`, their mean over the held-out chosen and rejected answers.
 
-    Metrics: `accuracy` (share of pairs with r_w > r_l), `margin` (mean r_w − r_l), `mean_reward` (mean raw score);
-    with the prefix `eval_` on held-out pairs, where there are also `eval_loss`, `eval_ece` (σ(|r_w − r_l|) against
-    correctness, 10 equal-width bins) and `eval_reward_center`. Sums and counts of all processes are divided once.
+    Metrics: `accuracy` (share of pairs with r_w > r_l), `margin` (mean r_w − r_l), `mean_reward` (mean raw score).
+    With the prefix `eval_` they are those of held-out pairs. There are also `eval_loss`, `eval_ece` (σ(|r_w − r_l|)
+    against correctness, 10 equal-width bins) and `eval_reward_center`. Each is a sum over all processes, divided once.
 
     Args:
-        model: a name or path of any decoder (a fresh head is added), of a classifier with one label or of an adapter;
-            or such a classifier or PeftModel as object.
+        model: a name or path of any decoder (it gets a new head), of a classifier with one label, or of an adapter; or
+            such a classifier or PeftModel as object.
         args, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers, peft_config,
             quantization_config: as in TRL. Data: preference pairs, chat or plain, prompt explicit or implicit,
             "Human: / Assistant:" transcripts, and an optional column "margin".
 
     Raises:
-        ValueError: for data, tokenizer or model that would make the run wrong, before it starts.
+        ValueError: data, tokenizer or model would make the run wrong. It is raised before training.
     """
 
     card_objective = "Bradley–Terry: minimise $-\\log\\sigma(r(x, y_w) - r(x, y_l) - m)$ over preference pairs."
@@ -85,24 +79,20 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
         self._held_out: list[torch.Tensor] = []
         self._finalized_at: int | None = None
         self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
-        super().__init__(
-            model=model,
-            args=own_copy(args, model_init_kwargs=None, chat_template_path=None, pad_token=None),
-            train_dataset=self._tokenized(train_dataset, "train_dataset"),
-            eval_dataset=self._tokenized(eval_dataset, "eval_dataset"),
-            processing_class=tokenizer,
-            peft_config=_with_score_head(peft_config),
-            **kwargs,
-        )
+        train_dataset = self._tokenized(train_dataset, "train_dataset")
+        eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
+        settled = own_copy(args, model_init_kwargs=None, chat_template_path=None, pad_token=None)
+        kwargs |= {"processing_class": tokenizer, "peft_config": _with_score_head(peft_config)}
+        super().__init__(model, settled, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self._trainables_to_fp32(args)
-        RewardModel(self.model, tokenizer)  # raises if the trained model can't be read as a reward
+        RewardModel(self.model, tokenizer)  # raises if the trained model is no reward model
 
     def _trainables_to_fp32(self, args: RewardConfig) -> None:
-        """Adapter and head on a bf16 or quantised base start in bf16, where small steps would be lost: lift them."""
+        """Turn adapter and head to fp32; on a bf16 or quantised base they start in bf16, which loses small steps."""
         autocast = args.bf16 or args.fp16
         if isinstance(self.model, PeftModel) and (autocast or self.model.dtype == torch.float32):
             for parameter in self.model.parameters():
-                # ZeRO-3 shards at load time and gathers parameters of one dtype together: those stay as they are.
+                # ZeRO-3 has sharded its parameters already and gathers those of one dtype together: leave them.
                 if parameter.requires_grad and not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.float()
 
@@ -135,17 +125,16 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in transformers, with the metrics of the class docstring, exact over all pairs."""
+        """As in transformers, with the metrics of the class docstring, which are exact over all pairs."""
         self._scored = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         scored, self._scored = torch.cat(self._scored), None
         self._held_out.append(scored)
-        values = _pair_metrics(scored)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        output.metrics.update({f"{metric_key_prefix}_{k}": value for k, value in _pair_metrics(scored).items()})
         return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Metrics on held-out pairs; on the trainer's own `eval_dataset` it also sets `config.reward_center`."""
+        """Return metrics on held-out pairs; on the trainer's own `eval_dataset`, also set `config.reward_center`."""
         whole = eval_dataset is None
         if whole:
             self._held_out = []
@@ -156,9 +145,12 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
         return metrics
 
     def finalize(self) -> dict[str, float]:
-        """Score the held-out pairs with the final weights: centre the model, write calibration.json and .png.
+        """Score the held-out pairs with the final weights, centre the model, write calibration.json and .png.
 
-        Called by `save_model` and `push_to_hub` unless it was called after the last step. Returns the metrics.
+        `save_model` and `push_to_hub` call it unless it was called after the last step.
+
+        Returns:
+            the metrics on the held-out pairs.
         """
         metrics = self.evaluate()
         self._finalized_at = self.state.global_step
@@ -179,7 +171,7 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
             self.finalize()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the checkpoint, centred on the held-out pairs where there are any."""
+        """Write the checkpoint; if there are held-out pairs, centre the scores on them first."""
         if not _internal_call:
             self._finalize_once()
         super().save_model(output_dir, _internal_call)
@@ -191,13 +183,13 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
 
 
 def _confidence(scored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """σ(|r_w − r_l|), the probability that the model gives its own choice, and whether that choice is right."""
+    """Return σ(|r_w − r_l|), the probability that the model gives its own choice, and whether the choice is right."""
     chosen, rejected = scored[:, 0], scored[:, 1]
     return torch.sigmoid((chosen - rejected).abs()), chosen > rejected
 
 
 def _pair_metrics(scored: torch.Tensor) -> dict[str, float]:
-    """Metrics of pairs [N, 3]: chosen score, rejected score, loss."""
+    """Return the metrics of pairs [N, 3], whose columns are chosen score, rejected score and loss."""
     chosen, rejected, losses = scored.unbind(1)
     confidence, correct = _confidence(scored)
     return {
@@ -210,21 +202,18 @@ def _pair_metrics(scored: torch.Tensor) -> dict[str, float]:
 
 
 def _prepare_model(model, tokenizer, args: RewardConfig, quantization_config, peft_config):
-    """The classifier to train, with chat template and pad token settled before TRL pads with the EOS token."""
+    """Return the classifier to train; set chat template and pad token, since TRL would pad with the EOS token."""
     if isinstance(model, str):
-        set_seed(args.seed)  # the fresh head is random
-        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        model = load_classifier(model, quantization_config=quantization_config, init_kwargs=init_kwargs)
+        set_seed(args.seed)  # a new head is random
+        model = load_classifier(model, **loading_options(args, quantization_config))
     if args.chat_template_path is not None:
         if args.chat_template_path.endswith((".jinja", ".j2")):
             tokenizer.chat_template = Path(args.chat_template_path).read_text()
         else:
             model, tokenizer, added = clone_chat_template(model, tokenizer, args.chat_template_path)
             if added and (peft_config is not None or isinstance(model, PeftModel)):
-                raise ValueError(
-                    f"chat_template_path {args.chat_template_path} adds tokens that an adapter would not learn: use a "
-                    "template whose tokens the model knows, or train without PEFT."
-                )
+                what = f"chat_template_path {args.chat_template_path} adds tokens that an adapter would not learn"
+                raise ValueError(f"{what}: use a template whose tokens the model knows, or train without PEFT.")
     if args.pad_token is not None:
         tokenizer.pad_token = args.pad_token
     ensure_pad_token(tokenizer, model)
@@ -232,11 +221,11 @@ def _prepare_model(model, tokenizer, args: RewardConfig, quantization_config, pe
 
 
 def _with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """A copy of `peft_config` for sequence classification that trains the ``score`` head whole."""
+    """Return a copy of `peft_config` for sequence classification that trains the whole ``score`` head."""
     if peft_config is None:
         return None
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = "SEQ_CLS"
-    modules = list(getattr(peft_config, "modules_to_save", None) or [])
-    peft_config.modules_to_save = [*modules, *([] if "score" in modules else ["score"])]
+    modules = getattr(peft_config, "modules_to_save", None) or ()
+    peft_config.modules_to_save = list(dict.fromkeys([*modules, "score"]))
     return peft_config

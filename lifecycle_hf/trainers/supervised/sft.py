@@ -1,4 +1,4 @@
-"""The supervised stage: TRL's SFTTrainer, with bad input told before training and exact held-out loss."""
+"""Supervised fine-tuning: TRL's SFTTrainer with a check of the input before training and an exact held-out loss."""
 
 import math
 from collections.abc import Sequence
@@ -25,47 +25,42 @@ from lifecycle_hf.data.tokenize import (
 )
 from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, load_tokenizer, prepare_quantized
 from lifecycle_hf.trainers.base.mitigations import protect
-from lifecycle_hf.trainers.base.options import STRICT_DATA, MitigationOptions, check_options, option
+from lifecycle_hf.trainers.base.options import MitigationOptions
 from lifecycle_hf.trainers.supervised.base import (
+    StageConfig,
     StageTrainerMixin,
+    loading_options,
     own_copy,
     prepare_tokenizer,
-    settle_defaults,
 )
 
 ROW = "_row"
 
 
 @dataclass
-class SFTConfig(MitigationOptions, trl.SFTConfig):
-    """TRL's options for supervised fine-tuning, `strict_data`, and what pays less alignment tax.
+class SFTConfig(StageConfig, MitigationOptions, trl.SFTConfig):
+    """Hold TRL's options for supervised fine-tuning, `strict_data`, and the [`MitigationOptions`].
 
-    An unset `bf16` is off without accelerator.
+    An unset `bf16` is off on a machine without an accelerator.
     """
-
-    strict_data: bool = option(False, STRICT_DATA)
-
-    def __post_init__(self):
-        settle_defaults(self)
-        super().__post_init__()
-        check_options(self)
 
 
 class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
-    """Fine-tunes a language model on text, chat or prompt-completion data: −log p per token, mean over all tokens.
+    """Fine-tune a language model on text, chat or prompt-completion data: −log p per token, mean over all tokens.
 
-    Loss is taken on completions of prompt-completion data, with `assistant_only_loss` on the assistant's turns, their
-    end-of-turn tokens included, else on all tokens. To a model with prefix attention the prompt, all that stands
-    before the first token of the loss, is the prefix. `eval_loss` (nats per token), `eval_perplexity`, `eval_entropy`
-    and `eval_mean_token_accuracy` are sums over all held-out tokens divided once; the training metrics are TRL's.
+    The loss is taken on the completions of prompt-completion data; with `assistant_only_loss` on the assistant's
+    turns, including their end-of-turn tokens; else on all tokens. For a model with prefix attention the prefix is the
+    prompt: all tokens before the first token of the loss. `eval_loss` (nats per token), `eval_perplexity`,
+    `eval_entropy` and `eval_mean_token_accuracy` are sums over all held-out tokens, divided once by their number. The
+    training metrics are TRL's.
 
     Args:
-        model: a name or path (of a model, or of an adapter to train on), or a causal LM or PeftModel.
+        model: a name or path (of a model, or of an adapter to train further), or a causal LM or PeftModel.
         args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config, ...: as in TRL.
         ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
 
     Raises:
-        ValueError: for data, tokenizer or chat template that would make the run wrong, before it starts.
+        ValueError: data, tokenizer or chat template would make the run wrong. It is raised before training.
     """
 
     card_objective = "Supervised fine-tuning: minimise $-\\log p(y_t \\mid x, y_{<t})$, mean over the tokens learnt."
@@ -89,38 +84,24 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         tokenizer = prepare_tokenizer(model, processing_class, args)
         require_eos(tokenizer, "SFTTrainer")
         self._token_sums: list[torch.Tensor] | None = None
-        formatted = kwargs.get("formatting_func") is not None
-        if not formatted:
+        if kwargs.get("formatting_func") is None:
             templated = _with_template(tokenizer, args)
             train_dataset = _checked(train_dataset, templated, args, "train_dataset")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: _checked(part, templated, args, name) for name, part in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = _checked(eval_dataset, templated, args, "eval_dataset")
+            eval_dataset = _checked(eval_dataset, templated, args, "eval_dataset")
         if isinstance(model, str) and is_adapter(model):
-            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            model = load_causal_lm(
-                model, quantization_config=quantization_config, init_kwargs=init_kwargs, is_trainable=True
-            )
+            model = load_causal_lm(model, **loading_options(args, quantization_config), is_trainable=True)
             quantization_config, args = None, own_copy(args, model_init_kwargs=None)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            **kwargs,
-        )
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
+        kwargs |= {"peft_config": peft_config, "quantization_config": quantization_config}
+        super().__init__(model, args, **data, **kwargs)
         prepare_quantized(self.model)
         check_pad_token(tokenizer, self.model)
         if ROW in self.train_dataset.column_names:
-            self._tell_lost_rows(train_dataset[ROW])
+            self._report_lost_rows(train_dataset[ROW])
         protect(self, ptx_dataset)
 
-    def _tell_lost_rows(self, given: Sequence[int]) -> None:
-        """Report the rows that TRL dropped because truncation left nothing to learn from."""
+    def _report_lost_rows(self, given: Sequence[int]) -> None:
+        """Report the rows that TRL dropped because no token of the loss was left after truncation."""
         lost = set(given) - set(self.train_dataset[ROW])
         problems = ["lost to max_length" if row in lost else "" for row in range(max(given) + 1)]
         usable_rows(problems, where="train_dataset", strict=self.args.strict_data)
@@ -138,13 +119,13 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = (outputs.label_mask, -outputs.log_probs, outputs.is_top1, outputs.entropy)
         sums = torch.stack([values.double().sum(-1) for values in per_token], dim=-1)
-        # Rows of a padding-free batch are no examples, so there are none to cut off that only fill up the last batch.
+        # gather_for_metrics cuts off the examples that fill up the last batch. A padding-free batch has none.
         gather = self.accelerator.gather if self.padding_free else self.accelerator.gather_for_metrics
         self._token_sums.append(gather(sums).sum(0).cpu())
         return sums[:, 1].sum() / sums[:, 0].sum().clamp(min=1)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in transformers, with the metrics of the class docstring, exact over all tokens."""
+        """As in transformers, with the metrics of the class docstring, which are exact over all tokens."""
         self._token_sums = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         batches, self._token_sums = self._token_sums, None
@@ -157,25 +138,28 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
 
 
 def _with_template(tokenizer, args: SFTConfig):
-    """A tokenizer with the chat template that will be in force, to check data by."""
+    """Return a tokenizer with the chat template that TRL will use, to check the data with."""
     path = args.chat_template_path
-    if path is None:
-        return tokenizer
-    if not path.endswith((".jinja", ".j2")):
+    if path is not None and not path.endswith((".jinja", ".j2")):
         return load_tokenizer(path)
-    tokenizer.chat_template = Path(path).read_text()
+    if path is not None:
+        tokenizer.chat_template = Path(path).read_text()
     return tokenizer
 
 
-def _checked(dataset: Dataset, tokenizer, args: SFTConfig, where: str) -> Dataset:
-    """`dataset` without the rows that hold nothing to learn, and a column with each row's index.
+def _checked(dataset, tokenizer, args: SFTConfig, where: str):
+    """Return `dataset` without the rows that hold nothing to learn, and with the index of each row in a new column.
+
+    Of a dict each dataset is checked. Tokenised data and images are returned as they are.
 
     Raises:
-        ValueError: wrong columns, no usable row (any unusable row under `strict_data`), no chat template for chat
-            data, or one that can't mark what the assistant said where `assistant_only_loss` asks for it.
+        ValueError: the columns are wrong, no row is usable (under `strict_data`: a row is not), chat data have no chat
+            template, or the template can't mark the assistant's tokens and `assistant_only_loss` needs that.
     """
-    columns = dataset.column_names
-    if {"input_ids", "image", "images"} & set(columns):
+    if isinstance(dataset, dict):
+        return {name: _checked(part, tokenizer, args, f"{where} {name!r}") for name, part in dataset.items()}
+    columns = [] if dataset is None else dataset.column_names
+    if dataset is None or {"input_ids", "image", "images"} & set(columns):
         return dataset
     read = (args.dataset_text_field,)
     if read[0] not in columns:
@@ -189,16 +173,13 @@ def _checked(dataset: Dataset, tokenizer, args: SFTConfig, where: str) -> Datase
     rows = dataset.select_columns(list(read))
     problems = [_problem(maybe_convert_to_chatml(row), args.assistant_only_loss) for row in rows]
     kept = usable_rows(problems, where=where, strict=args.strict_data)
-    conversation = _conversation(maybe_convert_to_chatml(rows[kept[0]]))
+    first = maybe_convert_to_chatml(rows[kept[0]])
+    conversation = first["prompt"] + first["completion"] if "prompt" in first else next(iter(first.values()))
     if is_messages(conversation):
         require_chat_template(tokenizer, where)
     if args.assistant_only_loss:
         _check_assistant_mask(tokenizer, conversation, where)
     return dataset.select(kept).add_column(ROW, kept)
-
-
-def _conversation(row: dict) -> str | list[dict]:
-    return row["prompt"] + row["completion"] if "prompt" in row else next(iter(row.values()))
 
 
 def _problem(row: dict, assistant_only: bool) -> str:
@@ -215,27 +196,21 @@ def _check_assistant_mask(tokenizer, conversation, where: str) -> None:
     """Check that the mask of the assistant's tokens is neither empty nor full and holds the end-of-turn token."""
     if not is_messages(conversation):
         raise ValueError(f"assistant_only_loss needs chat messages, but {where} holds plain text: turn it off.")
+    template, subject = None, "assistant_only_loss: the chat template"
     mend = "Give a chat_template_path whose template marks assistant turns, or turn assistant_only_loss off."
-    template = None
     if not has_generation_markers(tokenizer):
         try:
             template = get_training_chat_template(tokenizer)
         except ValueError as error:
-            raise ValueError(
-                "assistant_only_loss: the chat template has no {% generation %} markers, so the assistant's tokens "
-                f"can't be told from the others. {mend}"
-            ) from error
+            raise ValueError(f"{subject} has no {{% generation %}} markers around assistant turns. {mend}") from error
     mask = tokenizer.apply_chat_template(
         conversation, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )["assistant_masks"]
-    spoken = any(message["role"] == "assistant" for message in conversation)
-    if spoken and (not any(mask) or all(mask)):
-        raise ValueError(
-            f"assistant_only_loss: the chat template marks {sum(mask)} of {len(mask)} tokens of the first row of "
-            f"{where} as the assistant's. {mend}"
-        )
+    if any(message["role"] == "assistant" for message in conversation) and (not any(mask) or all(mask)):
+        marked = f"{sum(mask)} of {len(mask)} tokens of the first row of {where}"
+        raise ValueError(f"{subject} marks {marked} as the assistant's. {mend}")
     if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
         raise ValueError(
-            "assistant_only_loss: the chat template leaves the end-of-turn token outside {% generation %}, so the "
-            "model would never learn to stop. Move the token inside the markers, or turn assistant_only_loss off."
+            f"{subject} leaves the end-of-turn token outside {{% generation %}}, so the model can't learn to stop. "
+            "Move the token inside the markers, or turn assistant_only_loss off."
         )

@@ -1,4 +1,4 @@
-"""Roles on one base: joint gradients, checkpointing, quantisation, a reward adapter of the same base."""
+"""Test roles on one base: joint gradients, checkpointing, quantisation, a reward adapter of the same base."""
 
 import copy
 
@@ -111,7 +111,7 @@ def test_qlora_gradients_equal_those_of_a_dequantised_twin_after_a_rollout(tiny_
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     model = shared_actor_critic(quantised(tmp_path))
     twin = shared_actor_critic(quantised(tmp_path).dequantize(dtype=torch.float32))
-    with torch.no_grad():  # a forward without gradients is what packs the weights for another kernel
+    with torch.no_grad():  # a forward pass without gradients packs the weights for another kernel
         model.eval()(BATCH, want=("logprobs", "values", "ref_logprobs"))
     ours, theirs = joint_gradients(model), joint_gradients(twin)
     assert ours.keys() == theirs.keys()
@@ -141,7 +141,7 @@ def test_qlora_trains_saves_and_merges(tiny_llama, tmp_path):
 
 @pytest.fixture
 def reward_adapter(tiny_llama, tmp_path):
-    """(path of the base, path of a reward adapter trained over it, so to speak)."""
+    """Return the path of a base, and the path of a reward adapter with random weights over it."""
     make_model, tokenizer = tiny_llama
     base, path = tmp_path / "base", tmp_path / "reward"
     make_model().save_pretrained(base), tokenizer.save_pretrained(base)
@@ -167,7 +167,7 @@ def test_reward_adapter_of_the_same_base_shares_it_and_scores_the_same(tiny_llam
     ours = run.model.eval()(BATCH, want=("reward:reward",))["reward:reward"]
     theirs = load_reward_model(str(path)).score(BATCH.input_ids, BATCH.prompt_lengths + BATCH.completion_lengths)
     close(ours, theirs, atol=1e-5, rtol=1e-5)
-    # the value function starts as the reward: at the last state it is the score
+    # the value function starts as a copy of the reward model: at the last state it is the score
     values = run.model(BATCH, want=("values",))["values"]
     close(values.gather(1, BATCH.completion_lengths[:, None])[:, 0], theirs, atol=1e-5, rtol=1e-5)
     run.train()

@@ -1,4 +1,4 @@
-"""Training faults: what each does under `on_fault`, what its message names, and what is kept."""
+"""Test training faults: the effect of each with `on_fault`, its message, and the files that are kept."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def same(a, b):
 
 
 def broken_at(run, step, kind):
-    """Adds an auxiliary loss that is NaN, or whose gradient is, in one optimizer step."""
+    """Add an auxiliary loss that is NaN, or has a NaN gradient, in one optimizer step."""
 
     def loss(model):
         parameter = next(p for p in model.parameters() if p.requires_grad)
@@ -108,11 +108,11 @@ def test_collapsed_policies_stop_the_run_before_they_train_on(tiny_llama, tmp_pa
     _, tokenizer = tiny_llama
     run = trainer(tiny_llama, tmp_path, sharp_model(tiny_llama, 60))
     before = weights(run)
-    with pytest.raises(TrainingFault, match="policy has collapsed: its entropy of .* lies below min_entropy=0.0001"):
+    with pytest.raises(TrainingFault, match="policy has collapsed: its entropy of .* is below min_entropy=0.0001"):
         run.train()
     assert same(before, weights(run))
     run = trainer(tiny_llama, tmp_path, sharp_model(tiny_llama, tokenizer.eos_token_id, 8.0))
-    with pytest.raises(TrainingFault, match="policy has collapsed: every completion is one token, its end"):
+    with pytest.raises(TrainingFault, match="policy has collapsed: every completion is a single token"):
         run.train()
 
 
@@ -153,12 +153,12 @@ def test_a_rollout_that_is_nan_counts_once_and_leaves_the_kl_control_as_it_was(t
     with pytest.warns(UserWarning, match="Step 4 is skipped: the rollout has KL nan"):
         run.train()
     assert logged(run, "faults/skipped_steps") == [0.0] * 3 + [1.0] * 3 + [0.0] * 3
-    assert 0 < run.kl_control.kl_coef < 0.05  # from 0.05 down, as two rollouts of next to no KL say
+    assert 0 < run.kl_control.kl_coef < 0.05  # lower than 0.05, because two rollouts had a KL near 0
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
 def kl_above_limit_from(run, rollout):
-    """Lets every rollout from this one on (the first is 1) have too much KL."""
+    """Give every rollout from this one on (the first is 1) a KL that is too large."""
     make, made = run.rollouts.make, []
 
     def far(*args, **options):
@@ -177,7 +177,7 @@ def test_the_checkpoint_named_is_of_a_step_whose_samples_were_good(tiny_llama, t
     with pytest.raises(TrainingFault, match=r"step 5 \(update 3\).*last good checkpoint is .*checkpoint-2: .*-2\. "):
         run.train()
     assert (tmp_path / "checkpoint-4").is_dir() and run.guard.state_dict()["good_step"] == 2
-    resumed = kl_above_limit_from(trainer(tiny_llama, tmp_path, **options), 1)  # goes on within the second rollout
+    resumed = kl_above_limit_from(trainer(tiny_llama, tmp_path, **options), 1)  # resumes within the second rollout
     with pytest.raises(TrainingFault, match=r"step 5 \(update 3\).*last good checkpoint is .*checkpoint-2:"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
@@ -194,9 +194,9 @@ def test_a_checkpoint_that_only_later_samples_could_vouch_for_is_called_doubtful
 
 def test_kl_far_over_its_target_stops_the_run(tiny_llama, tmp_path):
     run = trainer(tiny_llama, tmp_path, learning_rate=0.1, max_steps=6, max_kl=1.0)
-    with pytest.raises(TrainingFault, match=r"rollout's KL of .* lies above 1 \(max_kl\): raise kl_coef"):
+    with pytest.raises(TrainingFault, match=r"rollout's KL of .* is above 1 \(max_kl\): raise kl_coef"):
         run.train()
-    assert max(logged(run, "kl")) <= 1.0  # the rollout that was too far is not trained on
+    assert max(logged(run, "kl")) <= 1.0  # the rollout with a larger KL is not trained on
     adaptive = trainer(tiny_llama, tmp_path, kl_control="adaptive", kl_target=3.0)
     assert adaptive.args.kl_limit == 30.0 and trainer(tiny_llama, tmp_path).args.kl_limit is None
 
@@ -235,7 +235,7 @@ def test_a_reward_that_raises_names_its_prompts_and_what_was_scored_is_used_agai
 
     with pytest.raises(ValueError, match=r"'judge' raised ConnectionError: the judge is away.*4 prompts.*Tell me"):
         run(judge).train()
-    path = tmp_path / "_unscored_rollout_rank0.jsonl"  # the Hub is sent nothing that starts with an underscore
+    path = tmp_path / "_unscored_rollout_rank0.jsonl"  # a push to the Hub leaves out names with an underscore first
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4 and all(set(row["scores"]) == {"counted"} for row in rows)
     assert [row["scores"]["counted"] for row in rows] == count_e(None, [row["completion"] for row in rows])

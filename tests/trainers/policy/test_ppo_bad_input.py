@@ -1,4 +1,4 @@
-"""What makes a run wrong stops it before training, with a message that names the place and the mend."""
+"""Test that wrong input stops a run before training, with a message that names the place and the remedy."""
 
 import pytest
 import torch
@@ -143,17 +143,17 @@ def test_value_model_that_is_none(tiny_llama, tmp_path):
         ({"reward_weights": [1.0, float("inf")]}, "reward_weights=.* must be finite numbers"),
         ({"reward_weights": [0.0, 0.0]}, "reward_weights=.* must be finite numbers, not all of them 0"),
         ({"stop_tokens": []}, "stop_tokens=.* is empty"),
-        ({"advantage_estimator": "reinforce", "bootstrap_truncated": True}, "bootstrap_truncated needs a value"),
-        ({"advantage_estimator": "reinforce", "value": "head"}, "value='head' names a value function.*reinforce"),
+        ({"advantage_estimator": "reinforce", "bootstrap_truncated": True}, "bootstrap_truncated=True is set"),
+        ({"advantage_estimator": "reinforce", "value": "head"}, "value='head' is set, but .*reinforce"),
         ({"advantage_estimator": "reinforce", "value_learning_rate": 1e-3}, "value_learning_rate=0.001 is set"),
-        ({"kl_control": "adaptive", "kl_coef": 0.0}, "kl_coef=0.0 would stay 0 under kl_control='adaptive'"),
-        ({"kl_control": "exponential", "kl_coef": 2.0}, "kl_coef=2.0 lies above kl_coef_max=1.0"),
-        ({"kl_control": "adaptive", "max_kl": 5.0}, "max_kl=5.0 must lie above kl_target=6.0"),
-        ({"use_vllm": True, "merge_adapter": False}, "use_vllm takes merged weights"),
-        ({"use_vllm": True, "generation_batch_size": 4}, "use_vllm hands .* generation_batch_size=4"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size would change the size of rollouts"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha would make the ratio differ"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no labels"),
+        ({"kl_control": "adaptive", "kl_coef": 0.0}, "kl_coef=0 would stay 0 with kl_control='adaptive'"),
+        ({"kl_control": "exponential", "kl_coef": 2.0}, "kl_coef=2.0 is above kl_coef_max=1.0"),
+        ({"kl_control": "adaptive", "max_kl": 5.0}, "max_kl=5.0 must be above kl_target=6.0"),
+        ({"use_vllm": True, "merge_adapter": False}, "use_vllm sends merged weights"),
+        ({"use_vllm": True, "generation_batch_size": 4}, "use_vllm decodes whole rollouts.* generation_batch_size=4"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size would change the rollout's size"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 makes the first ratio differ"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )  # fmt: skip

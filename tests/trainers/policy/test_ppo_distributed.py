@@ -1,4 +1,4 @@
-"""Two processes on CPU give what one gives: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
+"""Test that two processes on CPU give the result of one: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_two_processes_of_four_equal_one_of_eight(config, engine, modes, models,
 
 
 def check_resumed(found, engine):
-    """The resumed run logged and learnt what the whole one did; gathering in another order may cost a bit."""
+    """Check that the resumed run has the logs and weights of the whole one, up to the order of sums."""
     assert (found["world_size"], found["engine"]) == (2, engine)
     exact = engine != "DEEPSPEED"
     whole, resumed = found["lines"]
@@ -75,7 +75,7 @@ def check_resumed(found, engine):
 
 
 def check_saved(mode, folder, base):
-    """What was gathered from the processes and saved loads without this package."""
+    """Check that the saved weights of all processes load without this package."""
     if mode != "full":
         assert (folder / "adapter_model.safetensors").exists() and (folder / "value/value_head.safetensors").exists()
         policy = AutoPeftModelForCausalLM.from_pretrained(folder)

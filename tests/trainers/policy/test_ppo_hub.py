@@ -1,4 +1,4 @@
-"""A policy goes to the Hub with its card and comes back where this package is not installed."""
+"""Test that a policy is pushed to the Hub with its card, and loads where this package is not installed."""
 
 import json
 from pathlib import Path

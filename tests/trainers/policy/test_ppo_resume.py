@@ -1,4 +1,4 @@
-"""A run that stops and resumes gives what the run that never stopped gives."""
+"""Test that a run that stops and resumes gives the result of an uninterrupted run."""
 
 import json
 import shutil

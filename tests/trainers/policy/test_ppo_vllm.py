@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM server: what is sent to it, and what comes of its answers. The server here is a stand-in."""
+"""Test rollouts of a vLLM server, which a stand-in replaces: what it receives, and how its answers are used."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import trainer
 
 from lifecycle_hf.completions.sampling import generate
+from lifecycle_hf.trainers.policy.rollout import check_vllm
 
 
 class StandIn:
-    """TRL's client, with a model of its own in place of the server."""
+    """A stand-in of TRL's client, with a model in place of the server."""
 
     model, made = None, []
 
@@ -37,7 +38,7 @@ class StandIn:
         self.requests.append((len(prompts), max_tokens, temperature, generation_kwargs))
         options = {"stop_token_ids": generation_kwargs["stop_token_ids"], "pad_token_id": 0, "generator_seed": 0}
         found = generate(self.model, prompts, max_new_tokens=max_tokens, temperature=temperature, **options)
-        return {"completion_ids": [[*ids, 99] for ids in found]}  # what follows a stop token must be cut
+        return {"completion_ids": [[*ids, 99] for ids in found]}  # tokens after a stop token must be cut
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_weights_that_can_not_be_sent_whole_are_refused(tiny_llama, tmp_path, st
     run = trainer(tiny_llama, tmp_path)
     run.model.policy.is_quantized = True
     with pytest.raises(ValueError, match="use_vllm needs weights that can be sent whole: no quantised policy"):
-        run.rollouts._check_vllm(run.model)
+        check_vllm(run.model, fsdp=False)
     saved = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])}
     with pytest.raises(ValueError, match="none with modules_to_save, which merging leaves out"):
         trainer(tiny_llama, tmp_path, trainer_options=saved, **SERVER)

@@ -1,4 +1,4 @@
-"""Three value functions: a head on frozen states, an adapter, a model; and when their loss is differentiated."""
+"""Test the value functions (a head on frozen states, an adapter, a model), and when their gradients are taken."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def test_normalised_head_by_hand():
         head.linear.bias.fill_(0.5)
         head.dense.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         head.dense.bias.copy_(torch.tensor([0.0, 1.0]))
-    # mean 7, deviation 3: the state is (-1, 1) once normalised, and its size plays no part; then (-1, 3) and tanh
+    # mean 7, deviation 3: the state is (-1, 1) after normalisation, whatever its size; then (-1, 3) and tanh
     expected = 3 * math.tanh(-1) + math.tanh(3) + 0.5
     for scale in (1.0, 100.0):
         close(head(scale * torch.tensor([[4.0, 10.0]])), torch.tensor([expected]), atol=1e-4, rtol=1e-4)
@@ -71,7 +71,7 @@ def test_an_update_with_a_head_runs_the_backbone_for_policy_and_reference_alone(
 
 
 def count_passes(model):
-    """Every later pass through a backbone of `model`: whether its graph is kept."""
+    """Record of every later pass through a backbone of `model` whether its graph is kept."""
     passes = []
     for part in filter(None, (model.policy, model.reference, model.value_model)):
         backbone = (part.get_base_model() if hasattr(part, "get_base_model") else part).model
@@ -172,7 +172,7 @@ def test_activations_of_the_value_function_are_gone_before_the_policys_arise(tin
 
 
 class Kept:
-    """A tensor saved for a backward pass, for as long as the graph holds it."""
+    """A tensor that is saved for a backward pass; it lives as long as the graph holds it."""
 
     def __init__(self, tensor, alive):
         self.tensor, self.alive = tensor, alive

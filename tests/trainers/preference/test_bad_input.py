@@ -1,4 +1,4 @@
-"""What makes a preference run wrong stops it before training, with a message that names the place and the mend."""
+"""Input that makes a preference run wrong raises an error before training, which names the place and the mend."""
 
 import copy
 import json
@@ -19,14 +19,14 @@ TRAINERS = [DPOTrainer, IPOTrainer, ORPOTrainer, KTOTrainer]
 
 
 class NoStep(TrainerCallback):
-    """Fails where a step begins."""
+    """Fail when a training step begins."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         pytest.fail("a training step ran")
 
 
 def refused(tiny_llama, tmp_path, message, cls=DPOTrainer, resume=None, trainer_options=None, **options):
-    """The trainer, or its `train`, raises a ValueError with `message` before any step."""
+    """Check that the trainer, or its `train`, raises a ValueError with `message` before any step."""
     with pytest.raises(ValueError, match=f"(?s){message}"):
         trainer(
             tiny_llama, tmp_path, cls, trainer_options={"callbacks": [NoStep()]} | (trainer_options or {}), **options

@@ -16,7 +16,7 @@ NAMES = ("dpo", "dpo_cached", "dpo_lora", "kto", "orpo")
 def base(tiny_llama, tmp_path_factory):
     make_model, tokenizer = tiny_llama
     path = tmp_path_factory.mktemp("base")
-    # A head of so many weights that ZeRO-3 shards it.
+    # The head has so many weights that ZeRO-3 shards it.
     make_model(hidden_size=288).save_pretrained(path), tokenizer.save_pretrained(path)
     return path
 
@@ -45,7 +45,7 @@ def single(base, tmp_path_factory):
 def test_two_processes_of_two_equal_one_of_four(config, engine, names, base, single, tmp_path):
     """5 held-out rows in batches of 2 × 2: the rows that fill up the last batch must not count."""
     folder, expected = single
-    # Under ZeRO-3 the log-probs of the reference are made by one process beforehand, elsewhere by the two.
+    # Under ZeRO-3 one process computes the log-probs of the reference before; else the two compute them.
     found = run(config, tmp_path, 2, base, (folder if config == "cpu_zero3" else tmp_path) / "kept", names, engine)
     assert tuple(found) == names and tuple(expected) == NAMES
     for name in names:
@@ -69,4 +69,4 @@ def check_saved(name, got, expected):
     for key, weight in weights.items():
         torch.testing.assert_close(
             weight, others[key], rtol=1e-3, atol=1e-3
-        )  # Adam makes much of the smallest gradients
+        )  # Adam magnifies differences of very small gradients

@@ -1,4 +1,4 @@
-"""KTO: the reference point, loss aversion, TRL's numbers, and that no example meets its own prompt."""
+"""KTO: the reference point, loss aversion, TRL's numbers, and mismatched answers from other prompts only."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_starts_at_one_half(tiny_llama, tmp_path):
 
 
 def test_loss_trajectory_is_that_of_trl_on_the_same_mismatched_answers(tiny_llama, tmp_path):
-    """TRL's mismatched answer is the one before it in its batch, so the rows are handed over with these."""
+    """TRL's mismatched answer is the one before it in its batch, so both trainers get these rows."""
     tiny_llama[0]().save_pretrained(tmp_path / "base")
     _, tokenizer = tiny_llama
     peer = dict(OPTIONS, max_steps=6, gradient_checkpointing=False, bf16=False, undesirable_weight=1.2)
@@ -101,9 +101,9 @@ def test_no_example_is_paired_with_its_own_prompt(prompts):
     for seed in range(5):
         made = with_mismatched(Dataset.from_list(rows), seed=seed, max_length=3, where="train_dataset")
         assert made["completion_ids"] == [[i, i, i] for i in range(len(prompts))]
-        assert "ref_logps" not in made.column_names  # without those of the mismatched answers
+        assert "ref_logps" not in made.column_names  # it has no log-probs of the mismatched answers
         for row in made:
-            other, again = row["KL_completion_ids"]  # 3 less the prompt's token
+            other, again = row["KL_completion_ids"]  # 3 tokens minus the one of the prompt
             assert prompts[other] != row["prompt_key"] and again == other
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_cut_short_by_merged_tokens_is_still_the_same_prompt(tiny_llama
 
 @pytest.mark.parametrize("reference_point", ["mismatched", "running_mean"])
 def test_how_a_step_is_cut_up_plays_no_part(tiny_llama, tmp_path, reference_point):
-    """At batch size 1 too the reference point is that of the whole step."""
+    """The reference point is that of the whole step, also at batch size 1."""
 
     def trajectory(size, accumulation):
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}

@@ -1,4 +1,4 @@
-"""DPO, IPO, ORPO and an objective of one's own: numbers of the trainers, TRL's where the definitions agree."""
+"""DPO, IPO, ORPO and a new objective: numbers by hand, and TRL's where the definitions agree."""
 
 import math
 import re
@@ -24,7 +24,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
 
 @pytest.fixture
 def simpo(monkeypatch):
-    """The objective that docs/preference.md adds to the table, as it stands there."""
+    """The objective that docs/preference.md adds to the table, run from that page."""
     monkeypatch.setattr(paired, "OBJECTIVES", dict(paired.OBJECTIVES))
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     exec(next(block for block in blocks if "simpo_loss" in block), {})
@@ -52,7 +52,7 @@ EXPECTED = {
 
 
 def sums_by_hand(model, row):
-    """log-probs of prompt (but its first token), chosen and rejected in float64, one unpadded row at a time."""
+    """log-probs of prompt (except its first token), chosen and rejected in float64, one unpadded row at a time."""
     found = []
     for side in ("chosen_ids", "rejected_ids"):
         ids, start = row["prompt_ids"] + row[side], len(row["prompt_ids"])
@@ -164,7 +164,7 @@ def test_losses_gradients_and_metrics_are_those_of_trl(tiny_llama, tmp_path, bas
 def test_orpo_is_that_of_trl_where_the_definitions_agree(tiny_llama, tmp_path, batch):
     """TRL's NLL is the mean over the tokens of a micro-batch, ours the mean over examples of their means."""
     make_model, tokenizer = tiny_llama
-    data = PAIRS.map(lambda row: {"prompt": "<bos>" + row["prompt"]})  # TRL puts it there otherwise
+    data = PAIRS.map(lambda row: {"prompt": "<bos>" + row["prompt"]})  # TRL adds it if it is missing
     ours = trainer(
         tiny_llama, tmp_path, ORPOTrainer, dataset=data, per_device_train_batch_size=batch, nll_on_prompt=True
     )
@@ -236,7 +236,7 @@ def test_cached_reference_gives_the_same_run_and_lets_go_of_the_model(tiny_llama
     assert logged(cached, "loss") == pytest.approx(logged(online, "loss"), rel=1e-5)
     assert logged(cached, "rewards/margins") == pytest.approx(logged(online, "rewards/margins"), abs=1e-5)
     assert cached.evaluate()["eval_loss"] == pytest.approx(online.evaluate()["eval_loss"], rel=1e-5)
-    with pytest.raises(ValueError, match="its model was let go of"):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs removed the reference"):
         cached.evaluate(PAIRS.select([4]))
 
 
@@ -299,7 +299,7 @@ def test_a_long_fall_of_the_chosen_likelihood_is_told_once(tiny_llama, tmp_path)
             run.log({"logps/chosen_displacement": -0.5})
     assert len([w for w in seen if "less likely" in str(w.message)]) == 1
     run.displacement.told = False
-    run.log({"eval_loss": 1.0}), run.log({"train_runtime": 1.0})  # lines of others say nothing about it
+    run.log({"eval_loss": 1.0}), run.log({"train_runtime": 1.0})  # log lines without a displacement change nothing
     assert not run.displacement.told
     run.displacement.told, run.state.global_step = True, 17
     run.log({"logps/chosen_displacement": 0.5})

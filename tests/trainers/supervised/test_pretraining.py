@@ -1,4 +1,4 @@
-"""Pretraining by every objective: losses by hand, accumulation, resuming, and what is refused."""
+"""Pretraining by every objective: losses by hand, accumulation, resuming, and errors for bad input."""
 
 import math
 import warnings
@@ -90,7 +90,7 @@ def test_loss_by_hand(tmp_path, tokenizer, objective):
 
 
 class WholeHead(LifecycleForCausalLM):
-    """A model that can't be told which columns its head is to read."""
+    """A model without an argument that names the columns for its head."""
 
     def forward(self, input_ids, **given):
         return super().forward(input_ids, **given)
@@ -137,7 +137,7 @@ def test_a_resumed_run_sees_the_same_noise(tmp_path, tokenizer):
     options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12, "dataset": data, "max_length": 128,
                "per_device_train_batch_size": 12}  # fmt: skip
     whole = trainer(tmp_path, tokenizer, "ul2", **options)
-    assert 5 < len(whole.train_dataset) // 12 < 10  # the stop lies in the first epoch, the end in the second
+    assert 5 < len(whole.train_dataset) // 12 < 10  # step 5 is in the first epoch, step 12 in the second
     whole.train()
     resumed = trainer(tmp_path, tokenizer, "ul2", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -177,7 +177,7 @@ def test_documents_that_are_kept_apart(tmp_path, tokenizer):
     run = trainer(tmp_path, tokenizer, dataset=data, across_documents=False, max_steps=1)
     batch = run.collate([run.train_dataset[i] for i in range(2)])
     assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() > 4
-    for parameter in run.model.parameters():  # blocks start as the identity, which sees no other token
+    for parameter in run.model.parameters():  # new blocks are the identity: they read no other token
         torch.nn.init.normal_(parameter, std=0.3)
     total, count = 0.0, 0
     for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
@@ -231,7 +231,11 @@ def test_corpora_from_files_and_folders(tmp_path):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c.md").write_text("second")
+    (tmp_path / "blank.txt").write_text(" \n")
     assert read_corpus(tmp_path)["text"] == ["first", "second"]
+    (tmp_path / "b" / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"latin.txt is left out, since it is not UTF-8 \(byte 0xf6 at offset 2\)"):
+        assert read_corpus(tmp_path)["text"] == ["first", "second"]
     with pytest.raises(ValueError, match="no text file is there"):
         read_corpus(tmp_path / "nothing.txt")
 

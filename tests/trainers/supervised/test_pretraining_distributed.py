@@ -1,4 +1,4 @@
-"""Two processes of four rows pretrain as one of eight, and estimate one Fisher."""
+"""Pretraining and the Fisher: two processes with four rows each give what one process with eight gives."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ def pairs(number, chat=True, **columns):
 
 @pytest.fixture
 def base(tiny_llama, tmp_path):
-    """Path of a causal LM whose pad token is its EOS token, as SmolLM2 has it."""
+    """Path of a causal LM whose pad token is its EOS token, as in SmolLM2."""
     make_model, tokenizer = tiny_llama
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
@@ -100,7 +100,7 @@ def test_trainer_loader_and_transformers_give_the_same_scores(base, tmp_path, ch
 
 
 def test_held_out_metrics_are_exact(base, tmp_path):
-    """7 pairs in batches of 3, 3 and 1: every metric again from the scores alone."""
+    """7 pairs in batches of 3, 3 and 1: compute every metric a second time, from the scores alone."""
     trainer = make_trainer(base, tmp_path)
     metrics = trainer.evaluate()
     scores = by_ours(RewardModel(trainer.model, trainer.processing_class), token_rows(trainer)).double()

@@ -64,7 +64,7 @@ def test_loss_on_the_completion_by_default(base, tmp_path):
 
 
 def test_assistant_only_loss_holds_the_end_of_turn_token(base, tmp_path):
-    """Two assistant turns of 'Paris<eos>': the user's tokens and the role markers are outside."""
+    """Two assistant turns of 'Paris<eos>': the mask leaves out the user's tokens and the role markers."""
     trainer = make_trainer(base, tmp_path, chats([ASK, ANSWER, ASK, ANSWER]), assistant_only_loss=True)
     row, tokenizer = trainer.train_dataset[0], trainer.processing_class
     assert learnt(trainer) == "Paris<eos>Paris<eos>"

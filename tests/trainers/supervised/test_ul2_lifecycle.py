@@ -1,4 +1,4 @@
-"""One checkpoint through the stages: UL2 pretraining, SFT and PPO by path, its attention kept, each stage learning."""
+"""UL2 pretraining, SFT and PPO, each from the checkpoint of the stage before: it learns and keeps its attention."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ SHARED = {
 
 
 def unigram_entropy(rows):
-    """Nats per target of the best guess that looks at no input."""
+    """Nats per target of the best prediction that reads no input."""
     targets = np.concatenate([row["labels"][row["labels"] >= 0] for row in rows])
     shares = np.unique(targets, return_counts=True)[1] / len(targets)
     return -(shares * np.log(shares)).sum()
