@@ -136,7 +136,7 @@ class Judge:
         from lifecycle_hf.toyworld.stages import stage_checkpoint
 
         self.base = str(stage_checkpoint("sft"))
-        alignment = ["toyworld", "diversity", "drift"]
+        alignment = [str(stage_checkpoint("reward")), "diversity", "drift"]
         options = {"rows": rows, "batch_size": 64, "max_new_tokens": 32}
         self.evaluation = Evaluation(["toyworld"], alignment, "toyworld", **options)
         self.reference = self.evaluation.load(self.base)[0]
