@@ -43,7 +43,7 @@ def pretraining(tiny_llama, tmp_path, **options):
 def stage(cls, config, model, data, tiny_llama, tmp_path, options):
     quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
     given = options.pop("trainer_options", {})
-    args = config(str(tmp_path), gradient_checkpointing=False, **quiet, **options)
+    args = config(str(tmp_path), gradient_checkpointing=False, **(quiet | options))
     return cls(model, args=args, train_dataset=data, processing_class=tiny_llama[1], **given)
 
 

@@ -84,6 +84,7 @@ def parse(dataclasses, default_config, argv=None, description=None):
     if not torch.accelerator.is_available():
         # Without it, two processes on the CPU each believe that they are alone.
         parser.set_defaults_with_config(use_cpu=True)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, where it is installed, that it found none
     known = [item.name for dataclass_type in dataclasses for item in fields(dataclass_type) if item.init]
     for key in config.keys() - {*known, "env"}:
         parser.error(f"unknown option {key!r} in {config_path}{_did_you_mean(key, known)}")

@@ -95,7 +95,7 @@ def train_and_report(trainer, script_args, evaluate=None, title="Alignment tax")
     finish(trainer, script_args, report)
     if tax:
         trainer.accelerator.print(tax.to_terminal(title=title))
-    trainer.accelerator.print(f"The model, its report.json and its pictures are in {trainer.args.output_dir}")
+    trainer.accelerator.print(f"The model and what was measured of it are in {trainer.args.output_dir}")
 
 
 def _plot_overoptimization(history, path):

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from ppo_setting import logged, trainer
+from safetensors.torch import load_file
+from trainer_setting import MAKE
 
 import lifecycle_hf.trainers.base.checkpoints as checkpoints
 
@@ -97,3 +100,16 @@ def test_a_finished_run_that_is_resumed_makes_no_step_more(tiny_llama, tmp_path)
     again = run(tiny_llama, tmp_path, max_steps=1)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 1 and names(tmp_path) == ["_tmp-mine", "checkpoint-1"]
+
+
+@pytest.mark.parametrize("name", ["pretraining", "sft", "reward", "dpo", "kto"])
+def test_no_trainer_makes_a_step_more_than_max_steps(tiny_llama, tmp_path, name):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    MAKE[name](tiny_llama, tmp_path, **options).train()
+    weights = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    again = MAKE[name](tiny_llama, tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 1 and len(again.train_dataset) > 2  # so that a second step was to be had
+    for key, tensor in getattr(again.model, "policy", again.model).state_dict().items():
+        if key in weights:
+            assert torch.equal(tensor, weights[key]), key
