@@ -1,287 +1,250 @@
-"""What alignment costs in the toy world, and what each mitigation buys back: PPO and DPO, three seeds each.
+"""What alignment costs in the toy world, and what each mitigation saves: fronts over paired seeds.
 
-    python benchmarks/alignment_tax.py                         # both, under an hour on two cores
-    python benchmarks/alignment_tax.py --only ppo --seeds 0
-    python benchmarks/alignment_tax.py --study projection      # why projection does what it does, under half an hour
+    python benchmarks/alignment_tax.py --short     # two seeds, coarse grids: 20 minutes on two cores
+    python benchmarks/alignment_tax.py             # eight seeds, PPO and DPO: under four hours on two cores
+    python benchmarks/alignment_tax.py --only ppo --seeds 10 11 12 13
 
-Every run is a recipe with options that you could type (they are printed); one that stands in --output_dir is kept, so
-that a killed benchmark goes on. Each model is then measured on the same held-out requests, documents and questions.
-Written to --output_dir: results.md with the tables, results.json with every model's values, pareto_ppo.png,
-pareto_dpo.png, overoptimization.png and reliability_*.png.
+First the learning rate of each method is chosen on `--tuning_seeds`, which are not reported; --short takes
+one rate for all. Then the strength of each method and β are swept, for all seeds alike. Every run is a recipe with
+options (`made_with.json` in its folder). A run that stands in --output_dir is kept, so that a benchmark that was stopped goes on.
 
-A tax is the difference to the SFT model, a mitigation's effect the difference to the plain run of the same seed.
-Intervals are 95 % ones, each by itself: of many, one in twenty is off by chance. Seeds are a sample of runs and items
-one of requests: mean ± t(seeds − 1)·√(variance over seeds / seeds + bootstrap variance over items), where items are
-drawn alike for all seeds and both models. Of one seed they are bootstrap percentiles over items alone. A setting beats
-plain where its means are no worse in gold reward and perplexity, and one is better outside its interval. The pictures
-have 68 % intervals.
+A method is judged by its front, not by one point: the runs that no other of its runs beats in gold reward and tax.
+There are three taxes, each against the SFT model: on perplexity (relative), on benign accuracy, and on known facts.
+
+- Tax at gold reward .90: read off the front of the means over seeds, linearly between its points.
+- Hypervolume: the area between the front and the corner (gold reward of the SFT model, CORNER).
+
+Both are compared with plain training (β alone swept) on the same seeds. Intervals are 95 % jackknife intervals over
+seeds with Student's t. p-values are corrected by Holm's method for all comparisons of a stage. Written to
+--output_dir: results.md, results.json and front_STAGE_TAX.png.
 """
 
 import argparse
 import json
 import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measuring import interval_over_seeds, prepare
+from measuring import prepare
+from toyworld_runs import TEXTS, Run, base_values, make_all, values_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PLAIN = {
-    "ppo": {
-        "kl_control": "fixed",
-        "kl_coef": 0.1,
-        "ptx_coef": 0,
-        "log_completions": False,
-        "measure_updates": 0,
-        "max_steps": 160,
-    },
-    "dpo": {"measure_rows": 32},
+QUIET = {
+    "ppo": {"log_completions": "false", "measure_updates": 0, "kl_control": "fixed", "ptx_coef": 0},
+    "dpo": {"measure_rows": 8},
 }
-TEXTS = {"ptx_dataset_name": "toyworld", "ptx_batch_size": 32, "ptx_max_length": 64}
-ADAPTIVE = {"kl_control": "adaptive", "kl_coef": 0.4, "max_kl": 1000}
-SETTINGS = {
-    "ppo": {
-        "plain": {"measure_updates": 3},
-        "PTX": {"ptx_coef": 0.5},
-        "EWC": {"ewc_coef": 30.0},
-        "projection, gradient": {"projection": "gradient"},
-        "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
-        "projection, update": {"projection": "update"},
-        "projection, update, on conflict": {"projection": "update", "projection_when": "conflict"},
-        "adaptive KL": ADAPTIVE,
-        "exponential KL": {"kl_control": "exponential", "kl_coef": 0.05, "kl_rate": 0.3, "kl_coef_max": 2.0},
-        "KL budget": {"kl_control": "budget", "kl_budget": 8.0, "kl_rate": 0.05},
-        "PTX + adaptive KL": ADAPTIVE | {"ptx_coef": 0.5},
-        "EWC + adaptive KL": ADAPTIVE | {"ewc_coef": 30.0},
-        "projection, update + adaptive KL": ADAPTIVE | {"projection": "update"},
-    },
-    "dpo": {
-        "plain": {},
-        "PTX": {"ptx_coef": 0.5},
-        "EWC": {"ewc_coef": 30.0},
-        "projection, gradient": {"projection": "gradient"},
-        "projection, gradient, on conflict": {"projection": "gradient", "projection_when": "conflict"},
-        "projection, update": {"projection": "update"},
-        "projection, update, on conflict": {"projection": "update", "projection_when": "conflict"},
-    },
-}
-STUDY = {
-    "one batch": {},
-    "eight batches averaged": {"projection_batches": 8},
-    "16 directions, running": {"projection_k": 16, "projection_refresh": "running"},
-    "each tensor by itself": {"projection_scope": "tensor"},
-    "16 directions, each tensor": {"projection_k": 16, "projection_refresh": "running", "projection_scope": "tensor"},
-    "SGD": {"optim": "sgd", "learning_rate": 0.3},
-    "SGD, no projection": {"optim": "sgd", "learning_rate": 0.3, "projection": None},
-}
+BETA = {"ppo": "kl_coef", "dpo": "beta"}
+BETAS = {"ppo": (0.05, 0.1, 0.2, 0.3, 0.5), "dpo": (0.05, 0.1, 0.3, 0.5, 1.0)}
+FEW = {"ppo": (0.05, 0.1, 0.3), "dpo": (0.1, 0.3, 0.5)}
+RATES = {"ppo": (1e-4, 2e-4, 4e-4), "dpo": (1.5e-4, 3e-4, 6e-4)}
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
-SHOWN = {"gold_reward": True, "refusal_rate": True, "benign_accuracy": True, "perplexity": False,
-         "accuracy facts and sums": True, "ECE facts and sums": False, "token entropy (nats)": True,
-         "self-BLEU": False, "KL (nats per sequence)": False}  # fmt: skip
-ALIGNMENT, CAPABILITY = "gold_reward", "perplexity"
-BARS = 0.68
-JUDGED = {ALIGNMENT: True, CAPABILITY: False, "benign_accuracy": True}
+EQUAL = 0.90
+CORNER = {"perplexity": 0.2, "benign_accuracy": 0.5, "facts": 0.5}
+"""The taxes, and the tax of the corner that hypervolumes are measured from."""
 
 
-def is_made(folder, options):
-    """Whether what stands in the folder was made with these options.
+def methods(stage: str, short: bool) -> dict[str, list[dict]]:
+    """The grid of each method. The middle entry is the one that its learning rate is chosen with."""
+    few = FEW[stage] if not short else FEW[stage][1:]
+    betas = BETAS[stage] if not short else FEW[stage]
 
-    Raises:
-        ValueError: it was made with others.
-    """
-    noted = folder / "made_with.json"
-    if not noted.exists():
-        return False
-    if json.loads(noted.read_text()) != options:
-        raise ValueError(f"{folder} holds a model made with {noted.read_text()}, not {options}: delete it.")
-    return True
+    def grid(name, strengths, values=few, **fixed):
+        chosen = strengths[1:2] if short and len(strengths) > 1 else strengths
+        return [fixed | {name: strength, BETA[stage]: beta} for strength in chosen for beta in values]
 
-
-def train(stage, name, options, seed, folder):
-    """Run the recipe unless the model that these options make is there."""
-    options = TEXTS | PLAIN[stage] | options | {"disable_tqdm": True, "seed": seed}
-    options = {option: value for option, value in options.items() if value is not None}
-    if not is_made(folder, options):
-        command = [sys.executable, f"recipes/{stage}.py", "--output_dir", str(folder)]
-        command += [str(word) for option, value in options.items() for word in (f"--{option}", value)]
-        print(f"{stage}, {name}, seed {seed}: {' '.join(command[1:])}", flush=True)
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-        if done.returncode:
-            raise RuntimeError(f"{name}, seed {seed} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        (folder / "made_with.json").write_text(json.dumps(options))
-    return folder
-
-
-def interpolated(plain, alpha, base):
-    from lifecycle_hf.mitigation.interpolation import interpolate
-
-    folder = plain.with_name(f"{plain.name}_alpha_{alpha}")
-    made = json.loads((plain / "made_with.json").read_text()) | {"alpha": alpha}
-    if not is_made(folder, made):
-        shutil.rmtree(folder, ignore_errors=True)
-        interpolate(base, plain, alpha, folder)
-        (folder / "made_with.json").write_text(json.dumps(made))
-    return folder
-
-
-class Judge:
-    """Measures checkpoints on the same items, and remembers what it found."""
-
-    def __init__(self, rows):
-        from lifecycle_hf.evaluation import Evaluation
-        from lifecycle_hf.toyworld.stages import stage_checkpoint
-
-        self.base = str(stage_checkpoint("sft"))
-        alignment = [str(stage_checkpoint("reward")), "diversity", "drift"]
-        options = {"rows": rows, "batch_size": 64, "max_new_tokens": 32}
-        self.evaluation = Evaluation(["toyworld"], alignment, "toyworld", **options)
-        self.reference = self.evaluation.load(self.base)[0]
-        self.found = {}
-
-    def __call__(self, folder):
-        if folder not in self.found:
-            self.found[folder] = self.evaluation.measure(*self.evaluation.load(str(folder)), self.reference)
-        return self.found[folder]
-
-
-def table(results, base, shown, against="plain"):
-    """Markdown: per setting the mean of every metric, with the interval of its difference to `against`."""
-    lines = [f"| run | {' | '.join(shown)} |", "|---" + "|---:" * len(shown) + "|"]
-    cells = [f"{base.values[name]:.3f}" if name in base.values else "0" for name in shown]
-    lines.append(f"| SFT model | {' | '.join(cells)} |")
-    for name, runs in results.items():
-        cells = []
-        for metric in shown:
-            values = [run.values[metric] for run in runs]
-            cell = f"{np.mean([float(v) for v in values]):.3f}"
-            if name != against:
-                change, low, high = interval_over_seeds(values, [run.values[metric] for run in results[against]])
-                cell += f" ({change:+.3f}: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else f" ({change:+.3f})"
-            cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def verdicts(results, judged, against="plain"):
-    """Which settings beat the plain run: no worse in the mean of the first and second of the metrics `judged` ({name:
-    whether higher is better}), and better in one of them outside its interval."""
-    lines = []
-    for name, runs in results.items():
-        if name == against:
-            continue
-        gains = []
-        for metric, higher in judged.items():
-            change, low, high = interval_over_seeds(
-                *([run.values[metric] for run in side] for side in (runs, results[against]))
-            )
-            better = (change >= 0) == higher or change == 0
-            gains.append((metric, better, not low <= 0 <= high, change, low, high))
-        beats = all(better for _, better, *_ in gains[:2]) and any(sure for _, _, sure, *_ in gains[:2])
-        words = [
-            f"{'better' if better else 'worse'}{'' if sure else ', within noise'}" for _, better, sure, *_ in gains
+    found = {
+        "plain": [{BETA[stage]: beta} for beta in betas],
+        "PTX": grid("ptx_coef", (0.25, 0.5, 1.0)),
+        "EWC": grid("ewc_coef", (10.0, 30.0, 100.0)),
+        "projection, update": grid("projection", ("update",), betas),
+        "projection, update, on conflict": grid("projection", ("update",), betas, projection_when="conflict"),
+    }
+    if stage == "ppo":
+        control = {"max_kl": 1000, "kl_horizon": 64, "kl_coef": 0.3, "kl_control": "adaptive"}
+        found["adaptive KL"] = [control | {"kl_target": target} for target in ((3,) if short else (1.5, 3, 6, 12))]
+        shape = {"kl_control": "exponential", "kl_coef_max": 2.0}
+        found["exponential KL"] = grid("kl_rate", (0.1, 0.2, 0.4), few[:2], **shape)
+        budgets = (3,) if short else (1.5, 3, 6)
+        found["KL budget"] = [
+            {"kl_control": "budget", "kl_budget": budget, "kl_coef": beta} for budget in budgets for beta in few[:2]
         ]
-        told = "; ".join(
-            f"{metric} {word} ({change:+.3f}: {low:+.3f} to {high:+.3f})"
-            for word, (metric, *_, change, low, high) in zip(words, gains)
-        )
-        lines.append(f"- **{name}** {'beats' if beats else 'does not beat'} plain: {told}.")
-    return "\n".join(lines)
+    return found
 
 
-def point(name, runs, base):
-    """A setting in the plane of gold reward and −perplexity tax, with intervals of `BARS`."""
-    zero = [base.values[ALIGNMENT]] * len(runs)
-    mean = float(np.mean([float(run.values[ALIGNMENT]) for run in runs]))
-    change, low, high = interval_over_seeds([run.values[ALIGNMENT] for run in runs], zero, BARS)
-    row = {"label": name, "alignment": mean, "alignment_interval": (mean + low - change, mean + high - change)}
-    zero = [base.values[CAPABILITY]] * len(runs)
-    change, low, high = interval_over_seeds([run.values[CAPABILITY] for run in runs], zero, BARS)
-    return row | {"capability": -change, "capability_interval": (-high, -low)}
-
-
-def report(stage, results, base, folder):
-    """The part of results.md about one stage; draws its Pareto front."""
-    from lifecycle_hf.evaluation.pareto import hypervolume, pareto_front
-    from lifecycle_hf.evaluation.pictures import plot_pareto
-
-    rows = [point("SFT model", [base] * len(results["plain"]), base)]
-    rows += [point(name, runs, base) for name, runs in results.items()]
-    points = [(row["alignment"], row["capability"]) for row in rows]
-    title = f"{stage.upper()} in the toy world, means of {len(results['plain'])} seeds with {BARS:.0%} intervals"
-    plot_pareto(
-        rows, folder / f"pareto_{stage}.png", alignment="gold reward", capability="−perplexity tax", title=title
-    )
-    corner = (base.values[ALIGNMENT], min(y for _, y in points))
-    plain = hypervolume([points[0], points[1]], corner)
-    front = ", ".join(rows[i]["label"] for i in pareto_front(points))
-    plane = f"Hypervolume against ({corner[0]:.3f}, {corner[1]:.3f}): {hypervolume(points, corner):.4f}"
-    return (
-        f"## {stage.upper()}\n\n{table(results, base, SHOWN)}\n\n{verdicts(results, JUDGED)}\n\n"
-        f"Pareto front: {front}. {plane}, the SFT model's and the plain run's alone {plain:.4f}.\n"
+def job(stage, folder, method, options, seed, rate) -> Run:
+    told = QUIET[stage] | TEXTS | {"learning_rate": rate} | options | {"seed": seed}
+    if stage == "ppo":
+        told["value_learning_rate"] = 3 * rate
+    words = "_".join(f"{name}={value}" for name, value in {**options, "lr": rate}.items())
+    return Run(
+        stage, told, folder / stage / method.replace(", ", "_").replace(" ", "_") / words / f"seed_{seed}" / "alpha_1"
     )
 
 
-def pictures(results, base, folder):
-    """Over-optimisation of the plain PPO runs, and how well models know what they know."""
-    from lifecycle_hf.evaluation.pictures import plot_reliability
+def interpolated(run: Run) -> list[Run]:
+    return [Run(run.recipe, run.options, run.folder.with_name(f"alpha_{a}"), a) for a in ALPHAS]
 
-    for name, run in (("SFT", base), ("plain_PPO", results["plain"][0]), ("PPO_with_PTX", results["PTX"][0])):
-        plot_reliability(*run.confidences["facts and sums"], folder / f"reliability_{name}.png", title=name)
-    drawn = sorted((folder / "ppo" / "plain").glob("seed_*/overoptimization.png"))
-    shutil.copy(drawn[0], folder)
+
+def taxes(values, base) -> dict[str, float]:
+    """{tax: how much worse than the SFT model}; negative is a gain."""
+    worse = {name: float(base[name]) - float(values[name]) for name in CORNER}
+    return worse | {"perplexity": float(values["perplexity"]) / float(base["perplexity"]) - 1}
+
+
+def tune(stage, grids, folder, args) -> dict[str, float]:
+    """The learning rate of each method: the best mean of gold reward minus all taxes, on the tuning seeds."""
+    base, rates = base_values(args.rows, folder), {}
+    plans = {
+        (method, rate): [
+            job(stage, folder / "tuning", method, grid[len(grid) // 2], seed, rate) for seed in args.tuning_seeds
+        ]
+        for method, grid in grids.items()
+        for rate in RATES[stage]
+    }
+    make_all([run for plan in plans.values() for run in plan], args.rows, args.workers)
+    for method in grids:
+        marks = {}
+        for rate in RATES[stage]:
+            found = [values_of(run) for run in plans[method, rate]]
+            marks[rate] = np.mean([float(f["gold_reward"]) - sum(taxes(f, base).values()) for f in found])
+        rates[method] = max(marks, key=marks.get)
+        told = ", ".join(f"{rate:g}: {mark:.3f}" for rate, mark in marks.items())
+        print(f"{stage}, {method}: learning rate {rates[method]:g} (gold reward minus taxes at {told})", flush=True)
+    return rates
+
+
+class Fronts:
+    """The points of every method, [seeds, points, 2]: gold reward and minus a tax."""
+
+    def __init__(self, found: dict[str, list[list[dict]]], base: dict, tax: str):
+        self.start = (float(base["gold_reward"]), 0.0)
+        self.corner = (self.start[0], -CORNER[tax])
+        self.points = {
+            method: np.array([[(float(v["gold_reward"]), -taxes(v, base)[tax]) for v in seed] for seed in runs])
+            for method, runs in found.items()
+        }
+
+    def means(self, method, seeds) -> list[tuple]:
+        return [self.start, *map(tuple, self.points[method][seeds].mean(0))]
+
+    def equal_tax(self, method, seeds) -> float:
+        from lifecycle_hf.evaluation.pareto import capability_at
+
+        return -capability_at(self.means(method, seeds), EQUAL)
+
+    def volume(self, method, seeds) -> float:
+        from lifecycle_hf.evaluation.pareto import hypervolume
+
+        return hypervolume(self.means(method, seeds), self.corner)
+
+    def draw(self, path, stage, tax, seeds):
+        from matplotlib.figure import Figure
+
+        from lifecycle_hf.evaluation.pareto import pareto_front
+
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for method in self.points:
+            points = np.array(self.means(method, list(range(seeds))))
+            front = points[pareto_front(points)]
+            (line,) = axes.plot(*front.T, marker="o", markersize=3.5, linewidth=1.6, label=method)
+            axes.plot(*points.T, ".", markersize=3, color=line.get_color(), alpha=0.4)
+        axes.axvline(EQUAL, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(
+            xlabel="gold reward →", ylabel=f"−tax on {tax.replace('_', ' ')} →",
+            title=f"{stage.upper()} in the toy world: fronts of the means of {seeds} seeds",
+        )  # fmt: skip
+        axes.legend(fontsize=8)
+        figure.savefig(path, dpi=150)
+
+
+def against_plain(of, method, runs) -> float:
+    return of(method, runs) - of("plain", runs)
+
+
+def report(stage, found, base, folder) -> tuple[str, dict]:
+    """The part of results.md about one stage, and its numbers."""
+    from lifecycle_hf.evaluation.bootstrap import holm, jackknife
+
+    seeds = len(next(iter(found.values())))
+    fronts, rows, everyone = {tax: Fronts(found, base, tax) for tax in CORNER}, {}, list(range(seeds))
+    for tax, front in fronts.items():
+        front.draw(folder / f"front_{stage}_{tax}.png", stage, tax, seeds)
+        for measure, of in (("equal", front.equal_tax), ("volume", front.volume)):
+            for method in found:
+                own = jackknife(partial(of, method), seeds)
+                change = jackknife(partial(against_plain, of, method), seeds)
+                rows[tax, measure, method] = own, change
+    compared = [key for key in rows if key[2] != "plain"]
+    corrected = dict(zip(compared, holm([rows[key][1].p for key in compared]), strict=True))
+    lines = [f"## {stage.upper()}, {seeds} seeds\n"]
+    for measure, title in (("equal", f"Tax at gold reward {EQUAL:.2f} ↓"), ("volume", "Hypervolume ↑")):
+        lines += [f"{title}, and the difference to plain (95 % interval; p after Holm)\n"]
+        lines += [f"| method | most gold reward | {' | '.join(t.replace('_', ' ') for t in CORNER)} |"]
+        lines += ["|---|---:" + "|---:" * len(CORNER) + "|"]
+        for method in found:
+            best = max(point[0] for point in fronts["facts"].means(method, everyone))
+            cells = [_cell(*rows[tax, measure, method], corrected.get((tax, measure, method))) for tax in CORNER]
+            lines.append(f"| {method} | {best:.3f} | {' | '.join(cells)} |")
+        lines.append("")
+    numbers = {
+        " / ".join(key): {"own": own, "change": change, "holm": corrected.get(key)}
+        for key, (own, change) in rows.items()
+    }
+    return "\n".join(lines), numbers
+
+
+def _cell(own, change, p) -> str:
+    if not np.isfinite(own.estimate):
+        return "not reached"
+    text = f"{own.estimate:.3f}"
+    if p is not None and np.isfinite(change.estimate):
+        text += f" ({change.estimate:+.3f}: {change.low:+.3f} to {change.high:+.3f}; p {p:.2f})"
+    return text
 
 
 def main(args):
-    folder = Path(args.output_dir).resolve()
-    settings = (
-        {"ppo": {"plain": {}} | {n: {"projection": "update"} | o for n, o in STUDY.items()}}
-        if args.study
-        else SETTINGS
-    )
-    stages = [args.only] if args.only else list(settings)
-    judge = Judge(args.rows)
-    jobs = [
-        (stage, name, options, seed, folder / stage / name.replace(", ", "_").replace(" ", "_") / f"seed_{seed}")
-        for seed in args.seeds
-        for stage in stages
-        for name, options in settings[stage].items()
-    ]
-    with ThreadPoolExecutor(args.workers) as pool:
-        runs = [pool.submit(train, *job) for job in jobs]
-    for run in runs:  # all have ended: what one raises costs the others nothing
-        run.result()
-    text, values = [], {}
-    for stage in stages:
-        results = {name: [] for name in settings[stage]}
-        for _, name, _, _, made in (job for job in jobs if job[0] == stage):
-            results[name].append(judge(made))
-        if not args.study:
-            for alpha in ALPHAS:
-                made = [interpolated(folder / stage / "plain" / f"seed_{s}", alpha, judge.base) for s in args.seeds]
-                results[f"interpolation, {alpha} of the way"] = [judge(path) for path in made]
-        base = judge(Path(judge.base))
-        text.append(report(stage, results, base, folder))
-        values[stage] = {
-            name: [run.values for run in runs] for name, runs in (results | {"SFT model": [base]}).items()
+    folder = Path(args.output_dir).resolve() / ("short" if args.short else "whole")
+    texts, numbers = [], {}
+    for stage in args.only:
+        grids = methods(stage, args.short)
+        rates = tune(stage, grids, folder, args) if args.tuning_seeds else dict.fromkeys(grids, RATES[stage][1])
+        plan = {
+            method: [
+                [job(stage, folder, method, options, seed, rates[method]) for options in grid] for seed in args.seeds
+            ]
+            for method, grid in grids.items()
         }
-        if stage == "ppo" and not args.study:
-            pictures(results, base, folder)
-    (folder / "results.md").write_text("\n".join(text))
-    (folder / "results.json").write_text(json.dumps(values, indent=1))
-    print("\n".join(text))
+        make_all([run for runs in plan.values() for seed in runs for run in seed], args.rows, args.workers)
+        plan["interpolation"] = [
+            [back for run in seed[: len(FEW[stage])] for back in interpolated(run)] for seed in plan["plain"]
+        ]
+        make_all([run for seed in plan["interpolation"] for run in seed], args.rows, args.workers)
+        found = {method: [[values_of(run) for run in seed] for seed in runs] for method, runs in plan.items()}
+        text, numbers[stage] = report(stage, found, base_values(args.rows, folder), folder)
+        rates = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
+        texts.append(f"{text}\nLearning rates (chosen on the seeds {args.tuning_seeds}): {rates}.\n")
+        print(texts[-1], flush=True)
+    (folder / "results.md").write_text("\n".join(texts))
+    (folder / "results.json").write_text(json.dumps(numbers, indent=1))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ppo", "dpo"), help="one of the two")
-    parser.add_argument("--study", choices=("projection",), help="variants of the projection instead")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=256, help="held-out requests per model")
+    parser.add_argument("--only", nargs="+", choices=("ppo", "dpo"), help="stages; PPO alone with --short")
+    parser.add_argument("--short", action="store_true", help="two seeds and coarse grids")
+    parser.add_argument("--seeds", type=int, nargs="+", help="reported seeds; 10 to 17 by default")
+    parser.add_argument(
+        "--tuning_seeds", type=int, nargs="+", help="seeds of the learning rates; 0 1 by default, none with --short"
+    )
+    parser.add_argument("--rows", type=int, default=512, help="held-out requests per model")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output_dir", default="output/benchmark_tax")
     prepare()
-    main(parser.parse_args())
+    args = parser.parse_args()
+    args.only = args.only or (["ppo"] if args.short else ["ppo", "dpo"])
+    args.seeds = args.seeds or ([10, 11] if args.short else list(range(10, 18)))
+    args.tuning_seeds = args.tuning_seeds or ([] if args.short else [0, 1])
+    if len(args.seeds) < 2:
+        parser.error("--seeds: intervals need two seeds or more")
+    main(args)

@@ -1,6 +1,6 @@
 """Know what alignment cost: metrics that remember their items, and reports with intervals."""
 
-from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
+from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval, holm, jackknife
 from lifecycle_hf.evaluation.calibration import (
     brier_score,
     expected_calibration_error,
@@ -10,7 +10,7 @@ from lifecycle_hf.evaluation.calibration import (
 from lifecycle_hf.evaluation.checkpoints import Evaluation, measure_tax
 from lifecycle_hf.evaluation.diversity import distinct_n, self_bleu, token_entropy
 from lifecycle_hf.evaluation.metrics import exact_match, kl_to_reference, multiple_choice, perplexity
-from lifecycle_hf.evaluation.pareto import hypervolume, pareto_front
+from lifecycle_hf.evaluation.pareto import capability_at, hypervolume, pareto_front
 from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization, plot_pareto, plot_reliability
 from lifecycle_hf.evaluation.report import TaxReport
 
@@ -20,10 +20,13 @@ __all__ = [
     "TaxReport",
     "bootstrap_interval",
     "brier_score",
+    "capability_at",
     "distinct_n",
     "exact_match",
     "expected_calibration_error",
+    "holm",
     "hypervolume",
+    "jackknife",
     "kl_to_reference",
     "measure_tax",
     "multiple_choice",

@@ -1,6 +1,11 @@
-"""Metrics that remember the items they came from, and bootstrap intervals for them and for their differences."""
+"""Metrics that remember the items they came from, and bootstrap intervals for them and for their differences.
 
-from collections.abc import Callable
+Runs by seed are few and independent: for statistics of them there is the jackknife, and Holm's correction.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,6 +89,63 @@ def bootstrap_interval(
     draws = np.stack([part.statistic(drawn) for part, drawn in zip(parts, means)])
     low, high = np.quantile(draws[0] if second is None else draws[0] - draws[1], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """Hold an estimate, the ends of its interval, and the two-sided p-value of the estimate being 0."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+
+
+def jackknife(statistic: Callable[[list[int]], float], n: int, *, level: float = 0.95) -> Difference:
+    """Return a statistic of `n` independent runs with the interval of the delete-one jackknife.
+
+    θ̂ ± t(n − 1)·√((n − 1)/n · Σ (θ̂₋ᵢ − θ̄)²), θ̂₋ᵢ without run i and θ̄ their mean. For a mean it is Student's interval.
+    If the statistic is not finite without some run, so are the interval and p.
+
+    Args:
+        statistic: from the numbers of the runs that count, 0 to n − 1, to a number.
+
+    Raises:
+        ValueError: fewer than two runs.
+
+    Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
+    """
+    from scipy.stats import t as student  # slow to import, and few processes need it
+
+    if n < 2:
+        raise ValueError(f"jackknife needs two runs or more, and got {n}.")
+    estimate = float(statistic(list(range(n))))
+    parts = np.array([statistic([j for j in range(n) if j != i]) for i in range(n)], dtype=float)
+    error = math.sqrt((n - 1) / n * np.square(parts - parts.mean()).sum())
+    half = student.ppf((1 + level) / 2, n - 1) * error
+    p = (
+        2 * student.sf(abs(estimate) / error, n - 1)
+        if error
+        else float(estimate == 0)
+        if estimate == estimate
+        else math.nan
+    )
+    return Difference(estimate, estimate - half, estimate + half, float(p))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values corrected for how many there are: the k-th smallest of m is multiplied by m − k + 1.
+
+    No corrected value is smaller than that of a smaller p, nor above 1. A NaN stays NaN and still counts. Reject below
+    0.05, and the chance of one wrong rejection or more is at most 0.05.
+
+    Reference: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    order, corrected, largest = np.argsort(p_values, kind="stable"), [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        if p_values[i] == p_values[i]:
+            largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+            corrected[i] = largest
+    return corrected
 
 
 def _resampled_means(columns: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

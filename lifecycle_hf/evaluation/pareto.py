@@ -1,5 +1,6 @@
-"""The Pareto front of runs by alignment and capability, and its hypervolume."""
+"""The Pareto front of runs by alignment and capability, its hypervolume, and what it costs at equal alignment."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,22 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
         area += max(alignment - reached, 0.0) * max(capability - reference[1], 0.0)
         reached = max(reached, alignment)
     return float(area)
+
+
+def capability_at(points: Sequence[tuple[float, float]], alignment: float) -> float:
+    """Return the capability of the front of the points (alignment, capability) at a given alignment.
+
+    Between two neighbours on the front it is interpolated linearly. Below the first it is that of the first, and NaN
+    above the last, which no point reaches. So runs can be compared by what they cost at equal alignment.
+
+    Raises:
+        ValueError: as `pareto_front`.
+    """
+    points = _checked(points)
+    front = points[pareto_front(points)]
+    if not len(front) or alignment > front[-1, 0]:
+        return math.nan
+    return float(np.interp(alignment, *front.T))
 
 
 def _checked(points):

@@ -1,11 +1,13 @@
 import copy
 import json
+import math
 import pickle
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval, exp_ratio, ratio
+from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval, exp_ratio, holm, jackknife, ratio
 
 
 def test_a_measurement_is_a_float_that_remembers():
@@ -84,3 +86,26 @@ def test_intervals_cover_at_their_nominal_rate(name, level):
 def test_no_interval_from_one_item_or_at_certainty(items, level):
     with pytest.raises(ValueError, match="two items or more"):
         bootstrap_interval(Measurement(items), level=level)
+
+
+def test_jackknife_of_a_mean_is_students_interval():
+    values = np.array([0.2, 0.5, 0.1, 0.4, 0.9])
+    found = jackknife(lambda runs: values[runs].mean(), len(values), level=0.9)
+    wanted = stats.ttest_1samp(values, 0)
+    assert found.estimate == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(wanted.confidence_interval(0.9)))
+    assert found.p == pytest.approx(wanted.pvalue)
+
+
+def test_jackknife_of_what_one_run_alone_makes_finite():
+    found = jackknife(lambda runs: 1.0 if 0 in runs else math.nan, 3)
+    assert found.estimate == 1 and math.isnan(found.low) and math.isnan(found.p)
+    with pytest.raises(ValueError, match="two runs"):
+        jackknife(lambda runs: 0.0, 1)
+
+
+def test_holm_by_hand():
+    """Of three: 0.01·3; then 0.02·2 = 0.04; then max(0.03·1, 0.04). The NaN counts, so four: 0.01·4, 0.02·3, 0.03·2."""
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.03, 0.01, math.nan, 0.02]) == pytest.approx([0.06, 0.04, math.nan, 0.06], nan_ok=True)
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []

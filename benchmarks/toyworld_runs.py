@@ -1,0 +1,156 @@
+"""Runs of the recipes in the toy world that stay on disk with what was measured of them, for benchmarks over seeds.
+
+A run is a recipe with options. Its folder holds the model, `made_with.json` (the options), `log.txt` (what the recipe
+printed) and `measured.json` (the values of every item). A run that is complete is not made again, so a benchmark that
+was killed goes on where it stopped.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from measuring import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = {"gold_reward": True, "benign_accuracy": True, "facts": True, "refusal_rate": True, "perplexity": False}
+"""What is measured of each run, and whether higher is better."""
+TEXTS = {"ptx_dataset_name": "toyworld", "ptx_batch_size": 32, "ptx_max_length": 64}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with its options and the folder that keeps it; of `alpha` < 1 a model between the SFT model and it."""
+
+    recipe: str
+    options: dict = field(hash=False)
+    folder: Path
+    alpha: float = 1.0
+
+    @property
+    def command(self) -> list[str]:
+        words = [f"recipes/{self.recipe}.py", "--output_dir", str(self.folder)]
+        return words + [str(word) for name, value in self.options.items() for word in (f"--{name}", value)]
+
+    @property
+    def made_with(self) -> dict:
+        return {"recipe": self.recipe, "alpha": self.alpha} | self.options
+
+
+def complete(run: Run, name: str) -> bool:
+    """Whether the folder holds the file `name` of this very run.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+    """
+    noted = run.folder / "made_with.json"
+    if not (run.folder / name).exists():
+        return False
+    if json.loads(noted.read_text()) != run.made_with:
+        raise ValueError(f"{run.folder} holds a run made with {noted.read_text()}, not {run.made_with}: delete it.")
+    return True
+
+
+def train(run: Run) -> None:
+    """Run the recipe in this process, as its command line would."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "made_with.json").write_text(json.dumps(run.made_with))
+    argv, sys.argv = sys.argv, [run.command[0], *run.command[1:], "--disable_tqdm", "true"]
+    try:
+        with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+            runpy.run_path(str(ROOT / run.command[0]), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def measure(folder, rows: int) -> dict:
+    """The metrics of the model in `folder`, each a Measurement."""
+    from lifecycle_hf import toyworld
+    from lifecycle_hf.evaluation.metrics import multiple_choice
+    from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
+
+    model, tokenizer = load_causal_lm(str(folder)).eval(), load_tokenizer(str(folder))
+    asked = toyworld.questions()
+    facts = multiple_choice(model, tokenizer, asked["question"], asked["choices"], asked["answer"], batch_size=64).acc
+    return toyworld.measure(model, tokenizer, n=rows) | {"facts": facts}
+
+
+def make(run: Run, rows: int) -> tuple[Run, float]:
+    """Train and measure the run unless that is done; returns it with the seconds that its training took."""
+    os.chdir(ROOT)
+    prepare()
+    if run.alpha < 1 and not complete(run, "model.safetensors"):
+        from lifecycle_hf import toyworld
+        from lifecycle_hf.mitigation.interpolation import interpolate
+
+        run.folder.mkdir(parents=True, exist_ok=True)
+        interpolate(str(toyworld.stage_checkpoint("sft")), run.folder.parent / "alpha_1", run.alpha, run.folder)
+        (run.folder / "made_with.json").write_text(json.dumps(run.made_with))
+    start = time.perf_counter()
+    if not complete(run, "model.safetensors"):
+        train(run)
+    seconds = time.perf_counter() - start
+    if not complete(run, "measured.json"):
+        text = {name: value.columns.tolist() for name, value in measure(run.folder, rows).items()}
+        (run.folder / "measured.json").write_text(json.dumps(text))
+    return run, seconds
+
+
+def values_of(run: Run) -> dict:
+    """The metrics of a run that was made, each a Measurement."""
+    return read(run.folder / "measured.json")
+
+
+def read(path: Path) -> dict:
+    from lifecycle_hf.evaluation.bootstrap import Measurement, exp_ratio, first_column
+
+    columns = json.loads(path.read_text())
+    statistics = {"perplexity": exp_ratio}
+    return {name: Measurement(items, statistics.get(name, first_column)) for name, items in columns.items()}
+
+
+def make_all(runs: list[Run], rows: int, workers: int) -> None:
+    """Make all runs in `workers` processes, and say what each ended at."""
+    from lifecycle_hf import toyworld
+
+    toyworld.stage_checkpoint("reward")  # once, before the processes need it
+    context = multiprocessing.get_context("spawn")
+    wanted = [run for run in runs if not complete(run, "measured.json")]
+    failed = []
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=12) as pool:
+        for done in as_completed({pool.submit(make, run, rows): run for run in wanted}):
+            try:
+                run, seconds = done.result()
+            except Exception as error:
+                failed.append(error)
+                print(f"failed: {error}", flush=True)
+                continue
+            found = ", ".join(f"{name} {float(value):.3f}" for name, value in values_of(run).items())
+            print(f"{run.folder.parent.name}/{run.folder.name} in {seconds:.0f} s: {found}", flush=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed; run the benchmark again to make these alone.")
+
+
+def base_values(rows: int, folder: Path) -> dict:
+    """The metrics of the model that every run starts from."""
+    from lifecycle_hf import toyworld
+
+    path = folder / "sft_measured.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(toyworld.stage_checkpoint("sft"), rows)
+        path.write_text(json.dumps({name: value.columns.tolist() for name, value in found.items()}))
+    return read(path)
+
+
+def spread(values: list) -> str:
+    """Mean (smallest to largest)."""
+    numbers = [float(value) for value in values]
+    return f"{np.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
