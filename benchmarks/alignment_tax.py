@@ -6,7 +6,8 @@
 
 First the learning rate of each method is chosen on `--tuning_seeds`, which are not reported; --short takes
 one rate for all. Then the strength of each method and β are swept, for all seeds alike. Every run is a recipe with
-options (`made_with.json` in its folder). A run that stands in --output_dir is kept, so that a benchmark that was stopped goes on.
+options (`made_with.json` in its folder). A run that stands in --output_dir is kept, so that a benchmark that was
+stopped goes on.
 
 A method is judged by its front, not by one point: the runs that no other of its runs beats in gold reward and tax.
 There are three taxes, each against the SFT model: on perplexity (relative), on benign accuracy, and on known facts.

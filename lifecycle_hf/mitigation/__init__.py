@@ -2,7 +2,7 @@
 
 from lifecycle_hf.mitigation.ewc import EWC
 from lifecycle_hf.mitigation.interpolation import interpolate, search_layer_ratios, sweep
-from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget
+from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget, ZieglerKL
 from lifecycle_hf.mitigation.projection import OrthogonalProjection
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 
@@ -14,6 +14,7 @@ __all__ = [
     "KLBudget",
     "LagrangeMultiplier",
     "OrthogonalProjection",
+    "ZieglerKL",
     "interpolate",
     "search_layer_ratios",
     "sweep",

@@ -27,17 +27,18 @@ class FixedKL:
         self.kl_coef = state["kl_coef"]
 
 
-class AdaptiveKL(FixedKL):
-    """Steer the KL to a target: β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)).
+class ZieglerKL(FixedKL):
+    """Steer the KL to a target by the classical rule: β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)).
 
-    An update of more than `horizon` sequences counts as one of `horizon` sequences, so that β stays above 0.
+    An update of more than `horizon` sequences counts as one of `horizon` sequences, so that β stays above 0. β falls
+    while the KL is below its target. So β is small when the KL gets there, and the KL overshoots.
 
     Args:
         kl_coef: β at the start, above 0 (0 would stay 0).
         target: target of the KL, sum over tokens, nats.
         horizon: sequences over which β may change by about 20 %.
 
-    Reference: https://arxiv.org/abs/1909.08593, section 2.2.
+    Reference: Ziegler et al., https://arxiv.org/abs/1909.08593, section 2.2.
     """
 
     def __init__(self, kl_coef: float, *, target: float, horizon: int):
@@ -50,6 +51,47 @@ class AdaptiveKL(FixedKL):
     def update(self, kl: float, n: int) -> None:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * min(n / self.horizon, 1)
+
+
+class AdaptiveKL(ZieglerKL):
+    """Steer the KL to a target by the logarithm of β: log β ← log β + 0.3·(e − e₋) + rate·min(n/horizon, 1)·e.
+
+    e = log(K/target), within [−1, 1], is the error of the smoothed KL K, a running geometric mean with weight 1/2 for
+    each new KL, and e₋ the error before. `rate` is 0.3 where e > 0 and 0.1 where e < 0. The first term makes β rise
+    while the KL climbs, before it is above the target. The lower rate keeps β from falling far while the KL is small.
+
+    Args:
+        kl_coef, target, horizon: as of [`ZieglerKL`]; `horizon` sequences move log β by `rate` where e is 1.
+        minimum: smallest β.
+    """
+
+    GAIN, UP, DOWN, SMOOTHING = 0.3, 0.3, 0.1, 0.5
+
+    def __init__(self, kl_coef: float, *, target: float, horizon: int, minimum: float = 0.0):
+        super().__init__(kl_coef, target=target, horizon=horizon)
+        if not 0 <= minimum <= kl_coef:
+            raise ValueError(f"{minimum=} must lie between 0 and kl_coef={kl_coef}.")
+        self.minimum, self.smoothed = minimum, None
+
+    def update(self, kl: float, n: int) -> None:
+        found = math.log(max(kl / self.target, 1e-3))
+        before = self.smoothed
+        self.smoothed = found if before is None else self.SMOOTHING * before + (1 - self.SMOOTHING) * found
+        error = _clip(self.smoothed)
+        change = 0.0 if before is None else error - _clip(before)
+        step = self.GAIN * change + (self.UP if error > 0 else self.DOWN) * error * min(n / self.horizon, 1)
+        self.kl_coef = max(self.kl_coef * math.exp(step), self.minimum)
+
+    def state_dict(self) -> dict[str, float | None]:
+        return super().state_dict() | {"smoothed": self.smoothed}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        super().load_state_dict(state)
+        self.smoothed = state.get("smoothed")
+
+
+def _clip(error: float) -> float:
+    return min(max(error, -1.0), 1.0)
 
 
 class ExponentialKL(FixedKL):

@@ -105,7 +105,7 @@ def test_jackknife_of_what_one_run_alone_makes_finite():
 
 
 def test_holm_by_hand():
-    """Of three: 0.01·3; then 0.02·2 = 0.04; then max(0.03·1, 0.04). The NaN counts, so four: 0.01·4, 0.02·3, 0.03·2."""
+    """Of three: 0.01·3; 0.02·2 = 0.04; max(0.03·1, 0.04). The NaN counts, so four: 0.01·4, 0.02·3, 0.03·2."""
     assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert holm([0.03, 0.01, math.nan, 0.02]) == pytest.approx([0.06, 0.04, math.nan, 0.06], nan_ok=True)
     assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []

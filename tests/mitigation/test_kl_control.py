@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget
+from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget, ZieglerKL
 
 
 def test_fixed_stays():
@@ -11,8 +11,8 @@ def test_fixed_stays():
     assert control.kl_coef == 0.1
 
 
-def test_adaptive_by_hand():
-    control = AdaptiveKL(0.1, target=6.0, horizon=1000)
+def test_ziegler_by_hand():
+    control = ZieglerKL(0.1, target=6.0, horizon=1000)
     control.update(6.6, 100)  # error .1 → ×(1 + .1·.1)
     assert control.kl_coef == pytest.approx(0.1 * 1.01)
     control.update(60.0, 100)  # error clipped to .2
@@ -21,10 +21,34 @@ def test_adaptive_by_hand():
     assert control.kl_coef == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
 
 
-def test_adaptive_never_turns_negative_however_large_the_update():
-    control = AdaptiveKL(0.1, target=6.0, horizon=64)
+def test_ziegler_never_turns_negative_however_large_the_update():
+    control = ZieglerKL(0.1, target=6.0, horizon=64)
     control.update(0.0, 64 * 100)
     assert control.kl_coef == pytest.approx(0.1 * 0.8)
+
+
+def test_adaptive_by_hand():
+    """log β in steps; the errors are log-ratios, smoothed by halves, and clipped to ±1."""
+    control, log = AdaptiveKL(0.4, target=6.0, horizon=128), math.log(0.4)
+    control.update(6 / math.e**0.5, 64)  # e = −.5; half a horizon; no error before
+    log += 0.1 * -0.5 / 2
+    assert math.log(control.kl_coef) == pytest.approx(log)
+    control.update(6 * math.e**1.5, 64)  # (−.5 + 1.5) / 2 = .5
+    log += 0.3 * (0.5 + 0.5) + 0.3 * 0.5 / 2
+    assert math.log(control.kl_coef) == pytest.approx(log)
+    control.update(6 * math.e**9, 640)  # (.5 + 9) / 2 = 4.75, clipped to 1; the update counts as one horizon
+    log += 0.3 * (1 - 0.5) + 0.3 * 1
+    assert math.log(control.kl_coef) == pytest.approx(log)
+    control.update(0.0, 64)  # the least log-ratio is log .001: (4.75 − 6.91) / 2 = −1.08, clipped to −1
+    log += 0.3 * (-1 - 1) + 0.1 * -1 / 2
+    assert math.log(control.kl_coef) == pytest.approx(log)
+
+
+def test_adaptive_keeps_its_minimum():
+    control = AdaptiveKL(0.4, target=6.0, horizon=64, minimum=0.35)
+    for _ in range(9):
+        control.update(0.0, 64)
+    assert control.kl_coef == pytest.approx(0.35)
 
 
 def test_exponential_by_hand_and_clamped():
@@ -63,6 +87,7 @@ def test_state_goes_on_where_it_was():
         (lambda: FixedKL(-1), "kl_coef"),
         (lambda: AdaptiveKL(0.0, target=6, horizon=10), "kl_coef"),
         (lambda: AdaptiveKL(0.1, target=0, horizon=10), "target"),
+        (lambda: AdaptiveKL(0.1, target=6, horizon=10, minimum=0.2), "minimum"),
         (lambda: ExponentialKL(2.0, rate=1), "maximum"),
         (lambda: KLBudget(0.1, budget=0.0), "budget"),
         (lambda: KLBudget(1.0, budget=1.0), "maximum"),

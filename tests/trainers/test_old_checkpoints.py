@@ -67,7 +67,7 @@ def pretraining(folder, tokenizer):
     return PretrainingTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
 
 
-ADAPTIVE = {"ptx_coef": 0.5, "kl_control": "adaptive", "kl_horizon": 40, "reward_normalization": "running"}
+ADAPTIVE = {"ptx_coef": 0.5, "kl_control": "ziegler", "kl_horizon": 40, "reward_normalization": "running"}
 PROJECTED = {"projection": "update", "projection_every": 3, "ptx_ceiling": 1.0}
 RUNS = {
     "ppo_model": lambda *to: ppo(*to, given=PTX, **ADAPTIVE),

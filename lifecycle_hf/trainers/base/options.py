@@ -23,7 +23,7 @@ LIMITS = (
     ),
     (
         ("cliprange", "cliprange_value", "vf_coef", "entropy_coef", "ptx_coef", "ptx_rate", "ewc_coef", "kl_coef",
-         "kl_rate", "learning_rate", "value_learning_rate", "missing_eos_penalty", "min_entropy"),
+         "kl_coef_min", "kl_rate", "learning_rate", "value_learning_rate", "missing_eos_penalty", "min_entropy"),
         lambda value: 0 <= value < math.inf, "must not be negative, nor infinite",
     ),
     (("reward_retries",), lambda n: isinstance(n, int) and n >= 0, "must be a whole number, and not negative"),

@@ -54,14 +54,16 @@ class PPOConfig(PolicyConfig):
     kl_coef: float = option(0.05, "β, weight of the per-token KL (k1) in the reward; at the start, if β changes.")
     kl_control: str = option(
         "fixed",
-        "How β changes: 'fixed', 'adaptive' to kl_target, or 'exponential' in the KL. With 'budget' it rises while "
-        "the KL is above kl_budget, and the update that exceeded kl_budget is undone.",
-        choices=("fixed", "adaptive", "exponential", "budget"),
+        "How β changes: 'fixed', 'adaptive' to kl_target ('ziegler': by the classical rule, which overshoots), or "
+        "'exponential' in the KL. With 'budget' it rises while the KL is above kl_budget, and the update that "
+        "exceeded kl_budget is undone.",
+        choices=("fixed", "adaptive", "ziegler", "exponential", "budget"),
     )
-    kl_target: float = option(6.0, "Adaptive: the KL to reach, sum over a completion's tokens, nats.")
-    kl_horizon: int = option(10000, "Adaptive: number of completions over which β may change by 20 %.")
+    kl_target: float = option(6.0, "Adaptive and ziegler: the KL to reach, sum over a completion's tokens, nats.")
+    kl_horizon: int = option(10000, "Adaptive and ziegler: completions over which β may change by 20 to 30 %.")
     kl_budget: float | None = option(None, "Budget: maximum KL, sum over a completion's tokens, nats.")
     kl_rate: float = option(0.1, "Exponential: β = kl_coef·exp(kl_rate·KL). Budget: β rises by kl_rate per nat.")
+    kl_coef_min: float = option(0.0, "Adaptive and exponential: minimum of β.")
     kl_coef_max: float = option(1.0, "Exponential and budget: maximum of β.")
 
     reward_weights: list[float] | None = option(None, "Weight of each reward function; 1 each by default.")
@@ -107,9 +109,11 @@ class PPOConfig(PolicyConfig):
         rate, noise, smoothing = self.value_learning_rate, self.neftune_noise_alpha, self.label_smoothing_factor
         reinforce = self.advantage_estimator == "reinforce"
         critic = "but advantage_estimator='reinforce' has no value function: leave one of the two out."
-        stays = coef == 0 and control in ("adaptive", "exponential")
+        steered = control in ("adaptive", "ziegler")
+        stays = coef == 0 and (steered or control == "exponential")
         unmatched = (control == "budget") != (self.kl_budget is not None)
-        too_low = control == "adaptive" and self.kl_limit <= self.kl_target
+        too_low = steered and self.kl_limit <= self.kl_target
+        floor, floored = self.kl_coef_min, control in ("adaptive", "exponential")
         too_high = control in ("exponential", "budget") and coef > self.kl_coef_max
         return [
             (reinforce and self.bootstrap_truncated, f"bootstrap_truncated=True is set, {critic}"),
@@ -118,6 +122,11 @@ class PPOConfig(PolicyConfig):
             (stays, f"kl_coef=0 would stay 0 with kl_control={control!r}: start above 0."),
             (unmatched, f"kl_control={control!r} and kl_budget={self.kl_budget} do not fit: set both or neither."),
             (too_high, f"kl_coef={coef} is above kl_coef_max={self.kl_coef_max}: raise one or lower the other."),
+            (
+                floor > 0 and not floored,
+                f"kl_coef_min={floor} has no effect with kl_control={control!r}: leave it out.",
+            ),
+            (floor > coef, f"kl_coef_min={floor} is above kl_coef={coef}: lower it."),
             (too_low, f"max_kl={self.max_kl} must be above kl_target={self.kl_target}."),
             (vllm and self.merge_adapter is False, "use_vllm sends merged weights: leave merge_adapter out."),
             (vllm and size is not None, f"use_vllm decodes whole rollouts: leave generation_batch_size={size} out."),
@@ -129,7 +138,8 @@ class PPOConfig(PolicyConfig):
     @property
     def kl_limit(self) -> float | None:
         """KL above which a rollout is a fault."""
-        return 10 * self.kl_target if self.max_kl is None and self.kl_control == "adaptive" else self.max_kl
+        steered = self.kl_control in ("adaptive", "ziegler")
+        return 10 * self.kl_target if self.max_kl is None and steered else self.max_kl
 
     @property
     def steps_per_update(self) -> int:

@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 
 from lifecycle_hf.completions.sampling import stop_token_ids
 from lifecycle_hf.completions.scoring import Completions
-from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget
+from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget, ZieglerKL
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
@@ -293,9 +293,13 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
 def make_kl_control(args: PPOConfig) -> FixedKL:
     """Return the object that `kl_control` names, which decides the KL coefficient β."""
     if args.kl_control == "adaptive":
-        return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+        minimum = args.kl_coef_min
+        return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon, minimum=minimum)
+    if args.kl_control == "ziegler":
+        return ZieglerKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
     if args.kl_control == "exponential":
-        return ExponentialKL(args.kl_coef, rate=args.kl_rate, maximum=args.kl_coef_max)
+        minimum, maximum = args.kl_coef_min, args.kl_coef_max
+        return ExponentialKL(args.kl_coef, rate=args.kl_rate, minimum=minimum, maximum=maximum)
     if args.kl_control == "budget":
         return KLBudget(args.kl_coef, budget=args.kl_budget, rate=args.kl_rate, maximum=args.kl_coef_max)
     return FixedKL(args.kl_coef)

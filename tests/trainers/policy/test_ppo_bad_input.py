@@ -124,7 +124,7 @@ def test_value_model_that_is_none(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_control": "adaptve"}, "kl_control='adaptve' is unknown: choose one of fixed, adaptive, exponential"),
+        ({"kl_control": "adaptve"}, "kl_control='adaptve' is unknown: choose one of fixed, adaptive, ziegler"),
         ({"advantage_estimator": "vtrace"}, "advantage_estimator"),
         ({"reward_normalization": "z"}, "reward_normalization"),
         ({"value": "critic"}, "value='critic' is unknown"),
