@@ -6,7 +6,7 @@
 Every run is recipes/ppo.py with recipes/configs/ppo_toyworld_overoptimized.yaml, the same target and the same β at the
 start. "First reached" is the first update whose KL is at or above the target. From then on the table counts the
 updates whose KL lies within a factor of 1.5 of the target, and those above it; the KL is smoothed over three updates,
-because a rollout's mean of 64 completions is noisy. Written to --output_dir: kl_control.png with KL and β of every run.
+because a rollout's mean of 64 completions is noisy. Written to --output_dir: kl_control.png, KL and β of every run.
 """
 
 import argparse
