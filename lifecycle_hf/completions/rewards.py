@@ -1,5 +1,7 @@
 """Reward functions: calls of user functions with checks of what they return, and statistics of the scores."""
 
+import asyncio
+import functools
 import importlib
 import inspect
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import get_callable_name
+from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
 from lifecycle_hf.data.tokenize import encode_complete
 
@@ -59,17 +61,19 @@ def _continued(prompt, completion):
 class CallableReward:
     """Call a function `f(prompts, completions, **columns) -> list[float]`, as TRL's GRPOTrainer takes them.
 
-    The function gets the columns that its signature names, or all of them if it takes `**kwargs`.
+    The function gets the columns that its signature names, or all of them if it takes `**kwargs`. It may be an
+    `async def`; [`score_together`] runs several of these at the same time.
 
     Args:
         timeout: seconds that a call may take; None for no limit. A call that takes longer goes on in its thread and
-            may still run when the function is called again: the function must allow calls that overlap.
+            may still run when the function is called again: the function must allow calls that overlap. A call of an
+            `async def` is cancelled at its next `await`.
         retries: number of further calls after a call that raised, timed out or returned an invalid reward.
     """
 
     def __init__(self, function: Callable[..., list[float]], timeout: float | None = None, retries: int = 0):
         self.function, self.timeout, self.retries = function, timeout, retries
-        self.name = get_callable_name(function)
+        self.name, self.is_async = get_callable_name(function), is_async_callable(function)
         parameters = inspect.signature(function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters}
@@ -83,16 +87,41 @@ class CallableReward:
             ValueError: the function raises, takes too long, returns another number of values, or returns None, NaN or
                 infinity; names the row or the prompts.
         """
+        if self.is_async:
+            (scores,) = score_together([self], samples)
+            if isinstance(scores, Exception):
+                raise scores
+            return scores
         for left in reversed(range(self.retries + 1)):
             try:
                 return self._checked(self._call(samples), samples)
             except Exception as error:
-                if left == 0:
-                    raise
-                warnings.warn(f"{str(error)[:300]} Trying again, {left} times at most.", stacklevel=2)
+                _retry(error, left)
+
+    async def awaited(self, samples: Samples) -> list[float]:
+        """Return the same for an `async def`; it must run in the loop of [`event_loop`]."""
+
+        async def run():
+            try:
+                return {"scores": await self.function(**self._inputs(samples))}
+            except BaseException as error:  # SystemExit would end the loop, and all that waits for it
+                return {"error": error}
+
+        for left in reversed(range(self.retries + 1)):
+            call = asyncio.ensure_future(run())
+            done, _ = await asyncio.wait({call}, timeout=self.timeout)
+            call.cancel()
+            try:
+                return self._checked(self._scores_in(call.result() if done else {}, samples), samples)
+            except Exception as error:
+                _retry(error, left)
+
+    def _inputs(self, samples: Samples) -> dict[str, Any]:
+        columns = {k: v for k, v in samples.columns.items() if self._takes_all or k in self._names}
+        return {"prompts": samples.prompts, "completions": samples.completions, **columns}
 
     def _call(self, samples: Samples):
-        columns = {k: v for k, v in samples.columns.items() if self._takes_all or k in self._names}
+        inputs = self._inputs(samples)
         grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else -1
         outcome: dict[str, Any] = {}
 
@@ -100,8 +129,7 @@ class CallableReward:
             try:
                 # A new thread has a grad mode and a CUDA device of its own: it gets those of this thread.
                 with torch.set_grad_enabled(grad), torch.cuda.device(device):
-                    scores = self.function(prompts=samples.prompts, completions=samples.completions, **columns)
-                outcome["scores"] = scores
+                    outcome["scores"] = self.function(**inputs)
             except caught as error:
                 outcome["error"] = error
 
@@ -113,6 +141,10 @@ class CallableReward:
             thread = threading.Thread(target=run, args=(BaseException,), daemon=True)
             thread.start()
             thread.join(self.timeout)
+        return self._scores_in(outcome, samples)
+
+    def _scores_in(self, outcome: dict[str, Any], samples: Samples):
+        """Return the "scores" of a call, or raise its "error"; a call that has neither took too long."""
         if "scores" in outcome:
             return outcome["scores"]
         error, why = outcome.get("error"), f"took longer than {self.timeout} s (reward_timeout)"
@@ -138,6 +170,46 @@ class CallableReward:
                     "a finite number. Return a fallback value there, or drop such prompts."
                 )
         return [float(score) for score in scores]
+
+
+def _retry(error: Exception, left: int) -> None:
+    """Warn that a call failed and is made again; raise its error if no call is left."""
+    if left == 0:
+        raise error
+    warnings.warn(f"{str(error)[:300]} Trying again, {left} times at most.", stacklevel=3)
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop in which async rewards run, in a daemon thread.
+
+    It is one for the whole process, because clients for HTTP keep connections that belong to their loop.
+    """
+    _, loop, ready = start_event_loop_in_daemon("async rewards")
+    ready.wait()
+    return loop
+
+
+def score_together(rewards: list[CallableReward], samples: Samples) -> list[list[float] | Exception]:
+    """Return the scores of several `async def` rewards, which run at the same time; for one that fails, its error.
+
+    A call that blocks the loop (one that does not `await`) ends the waiting a second after the last timeout.
+    """
+    grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+    async def run():
+        with torch.set_grad_enabled(grad), torch.cuda.device(device):  # those of the calling thread
+            return await asyncio.gather(*(reward.awaited(samples) for reward in rewards), return_exceptions=True)
+
+    limits = [None if reward.timeout is None else reward.timeout * (reward.retries + 1) + 1 for reward in rewards]
+    scores = asyncio.run_coroutine_threadsafe(run(), event_loop())
+    try:
+        return scores.result(None if None in limits else max(limits, default=0))
+    except TimeoutError:
+        event_loop.cache_clear()  # the blocked thread is left
+        names = " or ".join(repr(reward.name) for reward in rewards)
+        why = f"took longer than {rewards[0].timeout} s (reward_timeout) and blocks its event loop: `await` in it"
+        return [ValueError(f"The reward function {names} {why}.") for _ in rewards]
 
 
 def _is_finite(score) -> bool:

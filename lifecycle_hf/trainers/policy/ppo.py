@@ -51,7 +51,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
     Args:
         model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
         reward_funcs: one or a list of: a reward model, its name or path, or a callable
-            `f(prompts, completions, **columns) -> list[float]`.
+            `f(prompts, completions, **columns) -> list[float]`, which may be an `async def`.
         args: [`PPOConfig`].
         train_dataset, eval_dataset: prompts, chat or plain; reward callables receive the other columns.
         processing_class: tokenizer; by default the model's.

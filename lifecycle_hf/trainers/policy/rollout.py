@@ -8,7 +8,7 @@ import torch
 from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import print_prompt_completions_sample
 
-from lifecycle_hf.completions.rewards import KeptScores, RunningMoments, Samples
+from lifecycle_hf.completions.rewards import KeptScores, RunningMoments, Samples, score_together
 from lifecycle_hf.completions.sampling import VLLMSampler, generate
 from lifecycle_hf.completions.scoring import Completions
 from lifecycle_hf.data.collators import length_mask
@@ -138,13 +138,22 @@ class RolloutMaker:
         return bool(self.args.merge_adapter) or self.vllm is not None or exact
 
     def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
-        """Return the scores [N] of every reward function. If one raises, the scores of the others go to a file."""
+        """Return the scores [N] of every reward function. If one raises, the scores of the others go to a file.
+
+        Async functions run first, all at the same time.
+        """
         known, raw = self.kept_scores.read(samples), {}
+        waiting = [s for s in self.sources if s.function is not None and s.function.is_async and s.name not in known]
+        together = score_together([source.function for source in waiting], samples) if waiting else []
+        done = known | dict(zip((source.name for source in waiting), together, strict=True))
         for source in self.sources:
             try:
-                scores = known.get(source.name)
-                raw[source.name] = self._scores_of(source, samples, size) if scores is None else scores
+                raw[source.name] = self._scores_of(source, samples, size, done.get(source.name))
             except ValueError as error:
+                finished = {
+                    s.name: done[s.name] for s in self.sources if not isinstance(done.get(s.name, error), Exception)
+                }
+                raw |= {name: torch.as_tensor(scores) for name, scores in finished.items()}
                 self.kept_scores.write(samples, raw)
                 where = f"The completions and {len(raw)} of {len(self.sources)} columns of scores are in"
                 raise ValueError(f"{error} {where} {self.kept_scores.path}; a resumed run reads that file.") from error
@@ -152,9 +161,12 @@ class RolloutMaker:
             self.kept_scores.clear()
         return raw
 
-    def _scores_of(self, source, samples: Samples, size: int) -> torch.Tensor:
-        if source.function is not None:
-            return torch.tensor(source.function(samples), dtype=torch.float32)
+    def _scores_of(self, source, samples: Samples, size: int, done=None) -> torch.Tensor:
+        """Return the scores [N] of a reward function; `done` are its scores, or its error, if it was called before."""
+        if isinstance(done, BaseException):
+            raise done
+        if source.function is not None or done is not None:
+            return torch.as_tensor(source.function(samples) if done is None else done, dtype=torch.float32)
         ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
         for i in range(0, len(ids), size):
             # A reward model reads the last state of a whole sequence, so it does not matter where the prompt ends, nor
