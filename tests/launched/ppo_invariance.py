@@ -23,6 +23,8 @@ from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
 TEXTS = ["The capital of France is Paris.", "Two and three make five.", "hello there", "a small red fox"] * 2
 NAMES = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
+NAMES += ("completions/distinct", "completions/distinct_first_half", "completions/most_common")
+NAMES += ("reward/length_correlation",)
 sampled = rollout.generate
 
 

@@ -168,6 +168,8 @@ class CheckpointMixin:
         """
         for item, path, _ in self._state_files(checkpoint):
             if not path.with_suffix(".json").exists():
+                if getattr(item, "may_be_missing", False):
+                    continue
                 raise ValueError(
                     f"The checkpoint {checkpoint} has no {path.name}.json: it was written by another trainer, with "
                     "another number of processes, or by save_only_model. Resume with the setup that wrote it."

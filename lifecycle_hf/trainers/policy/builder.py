@@ -118,6 +118,12 @@ class ActorCriticBuilder(PolicyBuilder):
         model = load_reward_model(func, tokenizer, init_kwargs=self.init_kwargs)
         return model, model.tokenizer
 
+    def _trained_rewards(self) -> dict[str, nn.Module]:
+        """Return the reward models that are trained on, by name; a value function starts from none of weight 0."""
+        weights = self.args.reward_weights or [1.0] * len(self.rewards)
+        weighted = {source.name for source, weight in zip(self.rewards, weights, strict=True) if weight != 0}
+        return {name: model for name, model in self.reward_models.items() if name in weighted}
+
     def _value_model(self, value_model) -> PreTrainedModel:
         """Return the given model, else a copy of a reward model of the same vocabulary, else one with a zero head."""
         if isinstance(value_model, str):
@@ -126,7 +132,7 @@ class ActorCriticBuilder(PolicyBuilder):
             if getattr(value_model.config, "num_labels", None) != 1 or not hasattr(value_model, "score"):
                 raise ValueError("value_model must be an AutoModelForSequenceClassification with num_labels=1.")
             return value_model
-        for reward in self.reward_models.values():
+        for reward in self._trained_rewards().values():
             plain = isinstance(reward, RewardModel) and not isinstance(reward.model, PeftModel)
             if plain and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab():
                 if is_sharded(reward.model):
@@ -155,7 +161,8 @@ class ActorCriticBuilder(PolicyBuilder):
     def _add_value_role(self) -> None:
         """Add a value adapter: a copy of the first reward adapter on the same base, else a new one."""
         shared, configs = self.shared, self.shared.model.peft_config
-        role = next((name for name, reward in self.reward_models.items() if isinstance(reward, SharedReward)), None)
+        rewards = self._trained_rewards().items()
+        role = next((name for name, reward in rewards if isinstance(reward, SharedReward)), None)
         fresh = self.peft_config or configs[shared.policy]
         shared.add_role("value", configs[role] if role else fresh, trainable=True)
         if role is not None:
@@ -171,7 +178,7 @@ class ActorCriticBuilder(PolicyBuilder):
                 )
             actor_critic.load_value(value_model)
             return
-        reward = next((r for r in actor_critic.rewards.values() if isinstance(r, SharedReward)), None)
+        reward = next((r for r in self._trained_rewards().values() if isinstance(r, SharedReward)), None)
         if actor_critic.value == "adapter" and reward is not None:
             actor_critic.value_head.linear.weight.data.copy_(reward.weight.data)
             actor_critic.value_head.linear.bias.data.fill_(-reward.center)

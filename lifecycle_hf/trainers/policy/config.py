@@ -66,7 +66,9 @@ class PPOConfig(PolicyConfig):
     kl_coef_min: float = option(0.0, "Adaptive and exponential: minimum of β.")
     kl_coef_max: float = option(1.0, "Exponential and budget: maximum of β.")
 
-    reward_weights: list[float] | None = option(None, "Weight of each reward function; 1 each by default.")
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward function; 1 each by default. One of weight 0 is logged, and not trained on."
+    )
     reward_normalization: str = option(
         "none",
         "Normalise scores by the mean and deviation of the 'batch', by 'running' ones, or not ('none').",
@@ -92,6 +94,12 @@ class PPOConfig(PolicyConfig):
         1e-4,
         "A rollout is a fault (the policy has collapsed) if its mean entropy per token is lower than this, or if each "
         "completion is a single token. 0 switches both checks off, for tasks with answers of one token.",
+    )
+    on_hacking: str = option(
+        "warn",
+        "If completions, scores or lengths look like reward hacking: 'warn', or also 'stop' after the next optimizer "
+        "step, with a checkpoint.",
+        choices=("warn", "stop"),
     )
     reward_timeout: float | None = option(
         None,

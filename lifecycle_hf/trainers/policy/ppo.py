@@ -24,6 +24,7 @@ from lifecycle_hf.trainers.policy.buffer import RolloutBuffer, RolloutSampler
 from lifecycle_hf.trainers.policy.builder import ActorCriticBuilder, check_reward_columns, check_room, prepare_prompts
 from lifecycle_hf.trainers.policy.config import PPOConfig
 from lifecycle_hf.trainers.policy.faults import FaultGuard
+from lifecycle_hf.trainers.policy.hacking import HackingAlarm
 from lifecycle_hf.trainers.policy.kl_budget import BudgetKeeper
 from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 
@@ -125,10 +126,12 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             self.budget = self.stateful["kl_budget"] = BudgetKeeper(self)
             self.callback_handler.callbacks.insert(0, self.budget)  # it restores weights before others measure them
         self.rollouts = RolloutMaker(self, builder.rewards, stop_tokens)
-        self.buffer, self.guard = RolloutBuffer(args), FaultGuard(self)
+        self.buffer, self.guard, self.alarm = RolloutBuffer(args), FaultGuard(self), HackingAlarm(self)
         self.add_callback(self.guard)
+        self.add_callback(self.alarm)
         moments = self.rollouts.reward_moments
         self.stateful |= {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
+        self.stateful["hacking"] = self.alarm.detector
         self.stateful_per_rank["rollout"] = self.buffer
         self.can_return_loss, self.label_names, self._texts, self._step_totals = True, [], [], None
         protect(self, ptx_dataset, mixes=mixes)
@@ -230,6 +233,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         if self.score_floor is not None:
             self.dual_ascent.seen.add("objective", means["score"])
         self.guard.check_rollout(kl=means["kl"], entropy=means["entropy"], length=means["length"])
+        self.alarm.check_rollout(rollouts.look)
         if math.isfinite(means["kl"]) and not rejected:
             self.kl_control.update(means["kl"], size)
 

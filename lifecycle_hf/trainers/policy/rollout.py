@@ -23,6 +23,7 @@ from lifecycle_hf.objectives.policy import (
 )
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
 from lifecycle_hf.trainers.policy.actor_critic import ActorCritic
+from lifecycle_hf.trainers.policy.hacking import RolloutLook, look_at_all
 
 EXACT = (torch.float32, torch.float64)
 RESERVED = ("prompt", "prompt_ids", "prompts", "completions")
@@ -34,6 +35,7 @@ class RolloutMaker:
     Attributes:
         means: of the last rollout over all ranks: "kl" (the sum over tokens, mean over completions, nats), "entropy"
             (mean over tokens, nats), "length" (tokens per completion) and "score" (per completion).
+        look: what the last rollout of all ranks looks like.
         kept: log-probs and entropies of the first micro-batch to train on, with their graph, until it is trained on.
         reward_moments: running mean and deviation of the scores, used with `reward_normalization="running"`.
     """
@@ -41,9 +43,11 @@ class RolloutMaker:
     def __init__(self, trainer, reward_sources, stop_token_ids: list[int]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.tokenizer, self.sources, self.stop_token_ids = trainer.processing_class, reward_sources, stop_token_ids
+        self.weights = self.args.reward_weights or [1.0] * len(reward_sources)
         model = self.accelerator.unwrap_model(trainer.model)
         self.value, self.reward_moments, self.vllm = model.value, RunningMoments(), None
         self.means: dict[str, float] = {}
+        self.look: RolloutLook | None = None
         self.kept: dict[str, torch.Tensor] = {}
         if self.args.use_vllm:
             check_vllm(model, trainer.is_fsdp_enabled)
@@ -71,7 +75,12 @@ class RolloutMaker:
         batches = [self._batch(prompts[i : i + size], completion_ids[i : i + size]) for i in range(0, len(rows), size)]
         raw = self._raw_scores(samples, size)
         ended = torch.tensor([ids[-1] in self.stop_token_ids for ids in completion_ids])
-        scores = self._shape(raw, ended, training)
+        weighted = sum(weight * values for weight, values in zip(self.weights, raw.values(), strict=True))
+        scores = self._shape(weighted, ended, training)
+        held_out = {name: raw[name].tolist() for name, weight in zip(raw, self.weights, strict=True) if weight == 0}
+        self.look = look_at_all(samples, list(map(len, completion_ids)), weighted.tolist(), held_out)
+        for name, value in self.look.metrics.items():
+            metrics.add(name, value)
         metrics.add("completions/no_eos", (~ended).sum(), len(rows))
         metrics.add("completions/length", sum(map(len, completion_ids)), len(rows))
         for name, values in ({f"reward/{name}": values for name, values in raw.items()} | {"score": scores}).items():
@@ -138,10 +147,7 @@ class RolloutMaker:
         return bool(self.args.merge_adapter) or self.vllm is not None or exact
 
     def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
-        """Return the scores [N] of every reward function. If one raises, the scores of the others go to a file.
-
-        Async functions run first, all at the same time.
-        """
+        """Return the scores [N] of every reward, async ones first; if one raises, write the others to a file."""
         known, raw = self.kept_scores.read(samples), {}
         waiting = [s for s in self.sources if s.function is not None and s.function.is_async and s.name not in known]
         together = score_together([source.function for source in waiting], samples) if waiting else []
@@ -183,15 +189,13 @@ class RolloutMaker:
             )
         return scores
 
-    def _shape(self, raw: dict[str, torch.Tensor], ended: torch.Tensor, training: bool) -> torch.Tensor:
-        """Return the scores [N]: Σ weights × raw scores, minus the penalty for a missing stop token.
+    def _shape(self, score: torch.Tensor, ended: torch.Tensor, training: bool) -> torch.Tensor:
+        """Return the scores [N]: `score`, Σ weights × raw scores, minus the penalty for a missing stop token.
 
-        In training the sum is normalised and clipped before. An evaluation leaves it as it is, so that scores before
+        In training `score` is normalised and clipped before. An evaluation leaves it as it is, so that scores before
         and after a run can be compared.
         """
         args = self.args
-        weights = args.reward_weights or [1.0] * len(raw)
-        score = sum(weight * values for weight, values in zip(weights, raw.values(), strict=True))
         if training and args.reward_normalization != "none":
             moments = self.reward_moments if args.reward_normalization == "running" else RunningMoments()
             moments.update(self.accelerator.gather(score.to(args.device)).cpu())

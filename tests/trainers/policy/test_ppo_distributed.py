@@ -57,7 +57,9 @@ def test_two_processes_of_four_equal_one_of_eight(config, engine, modes, models,
     for mode in results:
         one, two = single[mode], results[mode]
         assert (one["world_size"], one["engine"], two["world_size"], two["engine"]) == (1, "NO", 2, engine)
-        for name in ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx"):
+        names = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
+        looks = ("completions/distinct", "completions/distinct_first_half", "completions/most_common")
+        for name in (*names, *looks, "reward/length_correlation"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (mode, name)
         assert [len(lengths) for lengths in two["sampled"]] == [4] and min(two["sampled"][0]) >= 1
         check_saved(mode, tmp_path / mode, models[0])
