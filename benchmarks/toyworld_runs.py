@@ -64,7 +64,7 @@ def train(run: Run) -> None:
     (run.folder / "made_with.json").write_text(json.dumps(run.made_with))
     argv, sys.argv = sys.argv, [run.command[0], *run.command[1:], "--disable_tqdm", "true"]
     try:
-        with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             runpy.run_path(str(ROOT / run.command[0]), run_name="__main__")
     finally:
         sys.argv = argv
