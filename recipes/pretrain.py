@@ -37,6 +37,8 @@ class PretrainingArguments(cli.RecipeArguments):
 
 
 def main(script_args, args, model_args):
+    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("Pretraining trains a whole model: leave use_peft, load_in_4bit and load_in_8bit out.")
     train, test = cli.load_splits(script_args, "pretrain")
     source = script_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = load_tokenizer(source) if source else train_tokenizer(train["text"], script_args.vocab_size)

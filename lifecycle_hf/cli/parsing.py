@@ -4,7 +4,7 @@ import difflib
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from inspect import get_annotations
 from pathlib import Path
 from typing import get_args
@@ -13,6 +13,15 @@ import torch
 import yaml
 from trl import TrlParser
 
+from lifecycle_hf.trainers.base.idle import RECIPE_RULES, RULES, idle_options
+
+STRATEGIES = {f"{name}_steps": (f"{name}_strategy", "steps") for name in ("save", "eval", "logging")}
+OVERRULES = STRATEGIES | {
+    "num_train_epochs": ("max_steps", -1),
+    "gradient_checkpointing": ("activation_checkpointing", None),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", None),
+}
+"""{option: (option that would take its effect away, value with which it does not)}."""
 EPILOG = "A boolean that is true by default is turned off by --no_NAME or --NAME false."
 
 
@@ -71,7 +80,9 @@ def parse(dataclasses, default_config, argv=None, description=None):
         description: first lines of `--help`.
 
     Returns the filled classes in the same order. An unknown option, in the file or on the command line, ends the
-    process with exit status 2 and a line that names the closest known one.
+    process with exit status 2 and a line that names the closest known one. So does an option that has no effect under
+    the others. An option of the command line is given its effect where the file alone takes it away (`save_steps` sets
+    `save_strategy`), and takes away that of the file (`save_strategy` that of `save_steps`).
     """
     parser = _RecipeParser(
         dataclasses, prog=os.path.basename(sys.argv[0]), description=description, allow_abbrev=False
@@ -93,13 +104,37 @@ def parse(dataclasses, default_config, argv=None, description=None):
         if action.choices and action.dest in config and config[action.dest] not in (None, *action.choices):
             options = ", ".join(map(str, action.choices))
             parser.error(f"{action.dest}: {config[action.dest]!r} in {config_path} is none of {options}")
-    unknown = parser.parse_known_args(rest)[1]
+    namespace, unknown = parser.parse_known_args(rest)
     if unknown:
         name = next((word for word in unknown if word.startswith("--")), None)
         if name is None:
             parser.error(f"unexpected argument {unknown[0]!r}; options start with --")
         parser.error(f"unknown option {name}{_did_you_mean(name, known, prefix='--')}")
-    return parser.parse_args_and_config(["--config", str(config_path), *rest])
+    _settle(parser, namespace, config, rest)
+    os.environ.update({name: str(value) for name, value in config.get("env", {}).items()})
+    return parser.parse_args_into_dataclasses(args=rest)
+
+
+def _settle(parser, namespace, config, argv):
+    """Give each option that was set its effect, or end the process with a line that says why it has none."""
+    name_of = {string: action.dest for action in parser._actions for string in action.option_strings}
+    typed = {name_of[word.partition("=")[0]] for word in argv if word.partition("=")[0] in name_of}
+
+    def rank(name):
+        return 2 if name in typed else int(name in config)
+
+    for name, (other, value) in OVERRULES.items():
+        if hasattr(namespace, other) and rank(name) > rank(other):
+            parser.set_defaults_with_config(**{other: value})
+            setattr(namespace, other, value)
+    defaults = {item.name: item for kind in parser.dataclass_types for item in fields(kind) if item.init}
+    for name, rule, message in idle_options(namespace, {*config, *typed} - {"env"}, (*RULES, *RECIPE_RULES)):
+        if rank(name) == 2 or rank(rule.decided_by) < 2:
+            parser.error(message)
+        item = defaults[name]
+        parser.set_defaults_with_config(
+            **{name: item.default if item.default_factory is MISSING else item.default_factory()}
+        )
 
 
 def _take_config(parser, argv, default_config):

@@ -40,8 +40,8 @@ def book(tmp_path):
 
 
 def test_pretrain_loads_back_and_resumes(book, tmp_path):
-    options = ["--dataset_name", book, *SMALL, "--per_device_train_batch_size", 2, "--save_strategy", "steps"]
-    options += ["--save_steps", 1, "--lr_scheduler_type", "constant", "--eval_strategy", "no"]
+    options = ["--dataset_name", book, *SMALL, "--per_device_train_batch_size", 2, "--save_steps", 1]
+    options += ["--lr_scheduler_type", "constant", "--eval_strategy", "no"]
     whole = run("pretrain", tmp_path / "whole", *options, "--max_steps", 2)
     run("pretrain", tmp_path / "two", *options, "--max_steps", 1)
     resumed = run("pretrain", tmp_path / "two", *options, "--max_steps", 2, "--resume_from_checkpoint")

@@ -1,10 +1,12 @@
 """Options that several trainers have, and the one place where the values of options are checked."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
+
+from lifecycle_hf.trainers.base.idle import idle_options
 
 STRICT_DATA = "Raise on a row that can't be used; by default such a row is dropped, with a count."
 LIMITS = (
@@ -37,17 +39,36 @@ LIMITS = (
 )  # fmt: skip
 """Names of options, what their values must fulfil, and the same in words. None is always allowed."""
 
+OWN_LOSS = {
+    "label_smoothing_factor": "has no effect, since the loss is not a cross entropy with labels: leave it out.",
+    "label_names": "has no effect, since the trainer knows the labels of its rows: leave it out.",
+    "average_tokens_across_devices": "has no effect, since a step is averaged over all devices: leave it out.",
+}
+SUMS_ALONE = dict.fromkeys(
+    ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_accumulation_steps"),
+    "has no effect, since an evaluation keeps sums and no predictions: leave it out.",
+)
+"""Reasons to refuse an option, and the mend; a config names the options that it refuses in `refused`."""
+
 
 def option(default, help: str, **metadata):
     """Return a dataclass field with a line of `--help`, and where it has them its `choices`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def changed_options(args) -> list[str]:
+    """Return the names of the options that do not have their default value."""
+    defaults = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
+    }
+    return [name for name, default in defaults.items() if getattr(args, name) != default]
+
+
 def check_options(args) -> None:
-    """Check the value of each option by its choices and by [`LIMITS`].
+    """Check the value of each option by its choices and by [`LIMITS`], and that each that is set has an effect.
 
     Raises:
-        ValueError: names the first option with a value that it can't have.
+        ValueError: names the first option with a value that it can't have, or that has no effect.
     """
     for item in fields(args):
         choices, value = item.metadata.get("choices"), getattr(args, item.name)
@@ -58,6 +79,12 @@ def check_options(args) -> None:
             value = getattr(args, name, None)
             if value is not None and not fits(value):
                 raise ValueError(f"{name}={value} {must}.")
+    changed = changed_options(args)
+    for name in changed:
+        if name in args.refused:
+            raise ValueError(f"{name}={getattr(args, name)!r} {args.refused[name]}")
+    for _, _, message in idle_options(args, changed):
+        raise ValueError(message)
 
 
 @dataclass
@@ -103,7 +130,13 @@ class MitigationOptions:
 
 @dataclass
 class TrainerConfig(MitigationOptions, TrainingArguments):
-    """Options of the trainers that are not built on TRL's, with TRL's names and defaults."""
+    """Options of the trainers that are not built on TRL's, with TRL's names and defaults.
+
+    Attributes:
+        refused: {option that the trainer can't follow: why, and the mend}.
+    """
+
+    refused = OWN_LOSS | SUMS_ALONE
 
     logging_steps: float = option(10, "Log every X optimizer steps, or this share of all steps if below 1.")
     bf16: bool | None = option(None, "bf16 autocast; by default on where a GPU supports it, and off on CPU.")
@@ -128,6 +161,11 @@ class TrainerConfig(MitigationOptions, TrainingArguments):
 @dataclass
 class PolicyConfig(TrainerConfig):
     """Options that PPO and preference optimisation share."""
+
+    refused = TrainerConfig.refused | {
+        "auto_find_batch_size": "can't take back what a failed step counted: set per_device_train_batch_size.",
+        "use_liger_kernel": "has no effect on a policy with its reference: the head is read in chunks; leave it out.",
+    }
 
     learning_rate: float = option(1e-6, "Learning rate of the policy.")
     disable_dropout: bool = option(True, "Switch dropout off, so that log-probs do not depend on chance.")

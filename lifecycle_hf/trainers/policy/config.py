@@ -14,6 +14,15 @@ class PPOConfig(PolicyConfig):
     `save_steps` and `eval_steps` count optimizer steps, as everywhere in transformers.
     """
 
+    refused = PolicyConfig.refused | {
+        "auto_find_batch_size": "would change the rollout's size: leave it out.",
+        "neftune_noise_alpha": "makes the first ratio differ from 1: leave it out.",
+        "label_smoothing_factor": "has no effect, as PPO has no labels: leave it out.",
+        "include_num_input_tokens_seen": "has no effect: PPO logs tokens_per_second; leave it out.",
+        "train_sampling_strategy": "has no effect, since rollouts draw their prompts at random: leave it out.",
+        "dataloader_drop_last": "has no effect, since the last rollout is filled up with prompts: leave it out.",
+    }
+
     value_learning_rate: float | None = option(None, "Learning rate of the value function; the policy's by default.")
     value: str | None = option(
         None,
@@ -114,7 +123,7 @@ class PPOConfig(PolicyConfig):
 
     def conflicts(self) -> list[tuple[bool, str]]:
         control, coef, vllm, size = self.kl_control, self.kl_coef, self.use_vllm, self.generation_batch_size
-        rate, noise, smoothing = self.value_learning_rate, self.neftune_noise_alpha, self.label_smoothing_factor
+        rate, best = self.value_learning_rate, self.metric_for_best_model
         reinforce = self.advantage_estimator == "reinforce"
         critic = "but advantage_estimator='reinforce' has no value function: leave one of the two out."
         steered = control in ("adaptive", "ziegler")
@@ -138,9 +147,8 @@ class PPOConfig(PolicyConfig):
             (too_low, f"max_kl={self.max_kl} must be above kl_target={self.kl_target}."),
             (vllm and self.merge_adapter is False, "use_vllm sends merged weights: leave merge_adapter out."),
             (vllm and size is not None, f"use_vllm decodes whole rollouts: leave generation_batch_size={size} out."),
-            (self.auto_find_batch_size, "auto_find_batch_size would change the rollout's size: leave it out."),
-            (noise is not None, f"neftune_noise_alpha={noise} makes the first ratio differ from 1: leave it out."),
-            (smoothing != 0, f"label_smoothing_factor={smoothing} has no effect, as PPO has no labels: set it to 0."),
+            (best in ("loss", "eval_loss"), f"metric_for_best_model: PPO measures no {best}; name one, as 'score'."),
+            (self.accelerator_config.split_batches, "split_batches would split a rollout: leave it out."),
         ]
 
     @property

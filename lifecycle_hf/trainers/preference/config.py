@@ -11,6 +11,9 @@ from lifecycle_hf.trainers.base.options import PolicyConfig, option
 class CompletionConfig(PolicyConfig):
     """Hold the options of the trainers on given completions, with TRL's names and defaults if TRL has the option."""
 
+    refused = PolicyConfig.refused | {
+        "neftune_noise_alpha": "would add noise to the log-ratios: leave it out; SFT takes it.",
+    }
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     model_init_kwargs: dict | str | None = option(None, "Options of from_pretrained if the model is given by name.")
@@ -40,6 +43,10 @@ class CompletionConfig(PolicyConfig):
 @dataclass
 class PreferenceConfig(CompletionConfig):
     """Hold the options of [`PreferenceTrainer`]: DPO, IPO, ORPO and objectives that you add."""
+
+    refused = CompletionConfig.refused | {
+        "label_smoothing_factor": "has no effect, since it is for labels of tokens: DPO's own is label_smoothing.",
+    }
 
     beta: float = option(0.1, "β of DPO, τ of IPO (both: strength of the pull to the reference), λ of ORPO.")
     label_smoothing: float = option(0.0, "DPO: probability ε that the two answers of a pair are swapped.")

@@ -21,6 +21,7 @@ class StageConfig:
     An unset `bf16` is off on a machine without an accelerator; TRL's default is True everywhere.
     """
 
+    refused = {}
     strict_data: bool = option(False, STRICT_DATA)
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ from lifecycle_hf.evaluation.pictures import plot_reliability
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import ensure_pad_token, load_classifier, prepare_quantized
 from lifecycle_hf.objectives.reward import bradley_terry_loss
+from lifecycle_hf.trainers.base.options import OWN_LOSS
 from lifecycle_hf.trainers.supervised.base import (
     StageConfig,
     StageTrainerMixin,
@@ -31,6 +32,8 @@ from lifecycle_hf.trainers.supervised.base import (
 @dataclass
 class RewardConfig(StageConfig, trl.RewardConfig):
     """Hold TRL's options for reward models and `strict_data`; an unset `bf16` is off without an accelerator."""
+
+    refused = OWN_LOSS
 
 
 class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):

@@ -151,7 +151,7 @@ def test_value_model_that_is_none(tiny_llama, tmp_path):
         ({"kl_control": "adaptive", "max_kl": 5.0}, "max_kl=5.0 must be above kl_target=6.0"),
         ({"use_vllm": True, "merge_adapter": False}, "use_vllm sends merged weights"),
         ({"use_vllm": True, "generation_batch_size": 4}, "use_vllm decodes whole rollouts.* generation_batch_size=4"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size would change the rollout's size"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True would change the rollout's size"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 makes the first ratio differ"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
