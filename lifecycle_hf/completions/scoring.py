@@ -22,6 +22,7 @@ from torch import nn
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
 from lifecycle_hf.models.lm_head import head_logprobs, read_head
+from lifecycle_hf.models.loading import embedding_rows
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
 
 PROBE_LENGTHS = 12, 7, 5
@@ -333,7 +334,7 @@ def _head_is_known(base: nn.Module) -> bool:
 
 def _probe_batch(module: nn.Module, first: int = 0) -> Completions:
     """Return two random completions of one prompt; `first` shifts the tokens of the first completion."""
-    rows, draw = module.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    rows, draw = embedding_rows(module), torch.Generator().manual_seed(0)
     prompt, *completions = (torch.randint(rows, (n,), generator=draw).tolist() for n in PROBE_LENGTHS)
     completions[0] = [(token + first) % rows for token in completions[0]]
     return Completions.from_lists([prompt] * 2, completions, 0, next(module.parameters()).device, groups=[0, 0])

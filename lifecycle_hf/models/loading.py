@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -229,6 +230,14 @@ def _reshards_after_forward(unit: FSDPModule) -> bool:
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Return the number of rows of a model's input embeddings, with or without an adapter on them."""
+    layer = model.get_input_embeddings()
+    while not hasattr(layer, "num_embeddings"):
+        layer = getattr(layer, "token_adapter", layer).get_base_layer()  # PEFT wraps trainable tokens twice
+    return layer.num_embeddings
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Switch dropout off permanently: in dropout layers, and in layers that store the rate as a float attribute."""
     for module in model.modules():
@@ -258,7 +267,7 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel |
     Raises:
         ValueError: the pad token is outside the vocabulary or the embeddings.
     """
-    rows = None if model is None else model.get_input_embeddings().num_embeddings
+    rows = None if model is None else embedding_rows(model)
     pad = tokenizer.pad_token_id
     if tokenizer.pad_token is not None and (pad is None or (rows is not None and pad >= rows)):
         raise ValueError(
@@ -278,7 +287,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
         ValueError: see [`check_pad_token`].
     """
     check_pad_token(tokenizer, model)
-    rows = None if model is None else model.get_input_embeddings().num_embeddings
+    rows = None if model is None else embedding_rows(model)
     ends = end_token_ids(tokenizer, model)
     pad = tokenizer.pad_token_id
     if pad is None or pad in ends:
@@ -351,7 +360,7 @@ def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False
     """
     notes = read_adapter_notes(path)
     base_name = base.config._name_or_path or type(base).__name__
-    if notes.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
+    if notes.get("vocab_size", 0) > embedding_rows(base):
         base.resize_token_embeddings(notes["vocab_size"])
     try:
         model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
@@ -361,9 +370,12 @@ def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False
             f"The adapter checkpoint {path} does not fit {base_name}: {detail}. Load it over its own base model."
         ) from error
     if (Path(path) / ADAPTER_WEIGHTS).is_file():
-        check_adapter_weights(
-            get_peft_model_state_dict(model), load_file(Path(path) / ADAPTER_WEIGHTS), path, base_name
-        )
+        theirs = load_file(Path(path) / ADAPTER_WEIGHTS)
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        # PEFT may add the base's embeddings to an adapter that is on them.
+        whole = get_peft_model_state_dict(model, save_embedding_layers=True)
+        own |= {name: tensor for name, tensor in whole.items() if name in theirs}
+        check_adapter_weights(own, theirs, path, base_name)
     for key in {"pad_token_id", "reward_center"} & notes.keys():
         setattr(base.config, key, notes[key])
     return model
@@ -377,7 +389,7 @@ def save_adapter_notes(model: PeftModel, output_dir: str | Path) -> None:
     base = model.get_base_model()
     quantization = getattr(base.config, "quantization_config", None)
     notes = {
-        "vocab_size": base.get_input_embeddings().num_embeddings,
+        "vocab_size": embedding_rows(base),
         "pad_token_id": base.config.get_text_config().pad_token_id,
         "reward_center": getattr(base.config, "reward_center", None),
         "quantization_config": None if quantization is None else quantization.to_dict(),
@@ -398,6 +410,7 @@ def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> Pre
 
     A quantised base is dequantised first: a merge into 4-bit weights would change the logits by 0.1 to 40. An adapter
     on disk is merged into the base that it was trained on, quantised as its notes say. A model object does not change.
+    If the base ties its embeddings and the adapter changes one of the two, the merged checkpoint holds both.
 
     Raises:
         ValueError: there is no adapter at the path.
@@ -413,11 +426,27 @@ def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> Pre
             base = _base_of(path)
         if getattr(base, "hf_quantizer", None) is not None:
             base = base.dequantize(dtype=torch.float32)
-        merged = load_adapter(base.float(), path).merge_and_unload()
+        adapted = load_adapter(base.float(), path)
+        _untie(adapted)
+        merged = adapted.merge_and_unload()
+        if _head(merged) is not None and _head(merged).weight is not merged.get_input_embeddings().weight:
+            merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     merged.save_pretrained(output_dir)
     if not isinstance(model_or_path, PeftModel):
         load_tokenizer(path).save_pretrained(output_dir)
     return merged
+
+
+def _head(model) -> torch.nn.Module | None:
+    head = model.get_output_embeddings()
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+
+def _untie(model: PeftModel) -> None:
+    """Give the head a weight of its own if the adapter is to be added to it, or to the embeddings, alone."""
+    pair = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(isinstance(layer, BaseTunerLayer) for layer in pair) and pair[1] is not None:
+        _head(model).weight = torch.nn.Parameter(_head(model).weight.detach().clone())
 
 
 def _base_of(adapter: str) -> PreTrainedModel:
