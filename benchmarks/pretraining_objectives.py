@@ -102,11 +102,12 @@ def look_around_and_match(model, *, local, match):
 
 def options_of(objective, folder, args):
     weights = args.denoiser_weights if objective == "ul2" else None
+    masks = {"random_roll": False} if objective in ("span_corruption", "ul2") else {}  # as the figures in docs
     return PretrainingConfig(str(folder), objective=objective, max_length=args.max_length, denoiser_weights=weights,
                              per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
                              learning_rate=args.learning_rate, weight_decay=args.weight_decay, seed=int(folder.name),
                              num_train_epochs=1000, save_strategy="no", report_to="none", use_cpu=True,
-                             bf16=args.bf16, disable_tqdm=True)  # fmt: skip
+                             bf16=args.bf16, disable_tqdm=True, **masks)  # fmt: skip
 
 
 def train(objective, texts, args, folder):

@@ -1,3 +1,6 @@
+from collections import Counter
+from itertools import product
+
 import numpy as np
 import pytest
 from denoising_setting import restore
@@ -94,21 +97,52 @@ def spans_of(mask):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(2, 300), st.floats(0.01, 0.99), st.floats(1, 80), st.integers(0, 2**32))
-def test_spans_mask_has_its_noise_and_begins_with_a_kept_token(length, rate, mean_span, seed):
-    mask = random_spans_mask(length, np.random.default_rng(seed), rate=rate, mean_span=mean_span)
+@given(st.integers(2, 300), st.floats(0.01, 0.99), st.floats(1, 80), st.integers(0, 2**32), st.booleans())
+def test_spans_mask_has_its_noise_and_its_spans(length, rate, mean_span, seed, rolled):
+    options = {"rate": rate, "mean_span": mean_span, "random_roll": rolled}
+    mask = random_spans_mask(length, np.random.default_rng(seed), **options)
     noise = int(mask.sum())
-    assert len(mask) == length and not mask[0] and mask[-1]
+    assert len(mask) == length and (rolled or (not mask[0] and mask[-1]))
     assert noise == min(max(round(length * rate), 1), length - 1)
     assert spans_of(mask) == min(max(round(noise / mean_span), 1), noise, length - noise)
 
 
-def test_every_segmentation_is_equally_likely():
-    # 5 tokens, 2 of them noise in 2 spans: 3 kept tokens part as 1 + 2 or 2 + 1.
-    masks = [random_spans_mask(5, example_rng(0, 0, n), rate=0.4, mean_span=1).astype(int).tolist() for n in range(N)]
-    early = masks.count([0, 1, 0, 0, 1])
-    assert early + masks.count([0, 0, 1, 0, 1]) == N
-    assert abs(early - N / 2) <= 4 * np.sqrt(N / 4)
+def possible(length, noise, spans):
+    """Every mask with so much noise in so many spans, by trying all of them."""
+    masks = (np.array(bits, dtype=bool) for bits in product((0, 1), repeat=length))
+    return [mask for mask in masks if mask.sum() == noise and spans_of(mask) == spans]
+
+
+@pytest.mark.parametrize("rolled", [True, False], ids=["random_roll", "T5"])
+@pytest.mark.parametrize(
+    ("length", "rate", "mean_span", "spans"), [(5, 0.4, 1, 2), (9, 0.4, 2, 2), (12, 0.15, 3, 1), (8, 0.5, 1.3, 3)]
+)
+def test_every_mask_is_equally_likely(length, rate, mean_span, spans, rolled):
+    wanted = possible(length, count_noise(length, rate), spans)
+    wanted = [mask.tobytes() for mask in wanted if rolled or (not mask[0] and mask[-1])]
+    options, rng = {"rate": rate, "mean_span": mean_span, "random_roll": rolled}, np.random.default_rng(0)
+    counts = Counter(random_spans_mask(length, rng, **options).tobytes() for _ in range(4000))
+    assert counts.keys() == set(wanted)
+    mean = 4000 / len(wanted)
+    assert max(abs(count - mean) for count in counts.values()) <= 4.5 * np.sqrt(mean)
+
+
+@pytest.mark.parametrize("length", [12, 60])
+def test_span_corruption_hides_the_first_and_the_last_token_equally_often(length):
+    def masks(**options):
+        rng = np.random.default_rng(0)
+        return np.array([random_spans_mask(length, rng, rate=0.15, mean_span=3, **options) for _ in range(3000)])
+
+    hidden, fixed = masks().mean(0), masks(random_roll=False).mean(0)
+    noise, spans = count_noise(length, 0.15), {12: 1, 60: 3}[length]
+    # The kept tokens leave kept + 1 places for the spans; the first token is noise if a span has the first place.
+    first = spans / (length - noise + 1)
+    error = 4 * np.sqrt(first * (1 - first) / 3000)
+    assert abs(hidden[0] - first) <= error and abs(hidden[-1] - first) <= error
+    assert abs(hidden.mean() - noise / length) < 1e-9 and hidden.min() > 0
+    inner = hidden[noise - 1 : length - noise + 1]
+    assert np.abs(inner - inner.mean()).max() <= 0.05  # one place is as good as another
+    assert fixed[0] == 0 and fixed[-1] == 1 and (spans > 1 or set(fixed) == {0, 1})
 
 
 @pytest.mark.parametrize("denoiser", [d for d in UL2_DENOISERS if d.mean_span], ids=by_name)

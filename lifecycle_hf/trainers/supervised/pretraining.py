@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import torch
@@ -21,7 +21,7 @@ from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, Toke
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows, RowPlan
 from lifecycle_hf.data.special_tokens import add_denoising_tokens
 from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
-from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
+from lifecycle_hf.models.loading import embedding_rows, ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.trainers.base.mitigations import mitigations_in_force, protect
 from lifecycle_hf.trainers.base.options import TrainerConfig, option
@@ -42,6 +42,9 @@ class PretrainingConfig(TrainerConfig):
     denoiser_weights: list[float] | None = option(
         None, "How often each denoiser is drawn, for ul2 of R3, R8, S, X3, X8, X64 and X64h; equally often by default."
     )
+    random_roll: bool = option(
+        True, "Let spans of noise stand anywhere in a row; False: a row begins with a kept token and ends with noise."
+    )
     masking_rate: float = option(0.15, "Share of the tokens that masked LM hides and predicts.")
     target_length: int | None = option(None, "Encoder-decoder models: tokens of a target; max_length by default.")
     across_documents: bool = option(True, "Let tokens of a causal row attend to the documents before their own.")
@@ -57,7 +60,12 @@ class PretrainingConfig(TrainerConfig):
     def conflicts(self) -> list[tuple[bool, str]]:
         weights = f"denoiser_weights: objective={self.objective!r} has one kind of row, so leave them out."
         apart = f"across_documents=False is for objective='causal', not {self.objective!r}: leave it out."
+        strategy = self.train_sampling_strategy
+        alike = f"train_sampling_strategy={strategy!r}: rows are equally long, so leave it out."
+        fixed = f"random_roll=False is for span_corruption and ul2, not {self.objective!r}: leave it out."
         return [
+            (not self.random_roll and self.objective not in ("span_corruption", "ul2"), fixed),
+            (strategy not in ("random", "sequential"), alike),
             (self.denoiser_weights is not None and self.objective not in DENOISERS, weights),
             (not self.across_documents and self.objective != "causal", apart),
         ]
@@ -127,9 +135,10 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         self._head_takes_positions = not self.is_seq2seq and "logits_to_keep" in signature(model.forward).parameters
         check_objective(model, args.objective)
         plan = row_plan(args, tokenizer, self.is_seq2seq)
+        self.plan = plan
         self.takes_prefix = not self.is_seq2seq and has_prefix(model)
         self.pad_token_id, self.kinds = ensure_pad_token(tokenizer, model), plan.names
-        if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        if embedding_rows(model) < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer))
         train_rows = make_rows(train_dataset, plan, tokenizer, args, "train_dataset")
         eval_rows = None if eval_dataset is None else make_rows(eval_dataset, plan, tokenizer, args, "eval_dataset")
@@ -143,6 +152,12 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
                 f"{next(iter(options))} is for causal and prefix LMs, and {kind} is neither: leave it out."
             )
         protect(self, ptx_dataset)
+
+    def prepared(self, dataset, where: str):
+        """Return the rows of a corpus."""
+        if isinstance(dataset, Dataset | StreamedDataset):
+            return make_rows(dataset, self.plan, self.processing_class, self.args, where)
+        return dataset
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return rows of numpy arrays as one batch, padded on the right."""
@@ -284,7 +299,7 @@ def row_plan(args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, seq2se
         return CausalRows(args.max_length)
     if args.objective == "masked":
         return MaskedRows(add_denoising_tokens(tokenizer, mask="<mask>"), args.max_length, rate=args.masking_rate)
-    denoisers = DENOISERS[args.objective]
+    denoisers = [replace(denoiser, random_roll=args.random_roll) for denoiser in DENOISERS[args.objective]]
     target_length = (args.target_length or args.max_length) if seq2seq else None
     sentinels = sentinels_needed(denoisers, args.max_length, target_length)
     modes = sorted({denoiser.mode for denoiser in denoisers} - {None})
