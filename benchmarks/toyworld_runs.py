@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,15 @@ class Run:
 
     @property
     def made_with(self) -> dict:
-        return {"recipe": self.recipe, "alpha": self.alpha} | self.options
+        return {"recipe": self.recipe, "alpha": self.alpha, "world": world()} | self.options
+
+
+@cache
+def world() -> str:
+    """The key of the toy world's SFT and reward model, which changes with them: a run is of one world."""
+    from lifecycle_hf import toyworld
+
+    return toyworld.stage_checkpoint("reward").parent.name
 
 
 def complete(run: Run, name: str) -> bool:
@@ -64,7 +73,11 @@ def train(run: Run) -> None:
     (run.folder / "made_with.json").write_text(json.dumps(run.made_with))
     argv, sys.argv = sys.argv, [run.command[0], *run.command[1:], "--disable_tqdm", "true"]
     try:
-        with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            (run.folder / "log.txt").open("w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             runpy.run_path(str(ROOT / run.command[0]), run_name="__main__")
     finally:
         sys.argv = argv
@@ -118,9 +131,7 @@ def read(path: Path) -> dict:
 
 def make_all(runs: list[Run], rows: int, workers: int) -> None:
     """Make all runs in `workers` processes, and say what each ended at."""
-    from lifecycle_hf import toyworld
-
-    toyworld.stage_checkpoint("reward")  # once, before the processes need it
+    world()  # built once, before the processes need it
     context = multiprocessing.get_context("spawn")
     wanted = [run for run in runs if not complete(run, "measured.json")]
     failed = []
@@ -142,7 +153,7 @@ def base_values(rows: int, folder: Path) -> dict:
     """The metrics of the model that every run starts from."""
     from lifecycle_hf import toyworld
 
-    path = folder / "sft_measured.json"
+    path = folder / f"sft_{world()}_{rows}.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         found = measure(toyworld.stage_checkpoint("sft"), rows)
