@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from lifecycle_hf.data.collators import length_mask, pad_sequences
+from lifecycle_hf.models.adapters.embeddings import embedding_rows
 from lifecycle_hf.models.lm_head import head_logprobs, read_head
-from lifecycle_hf.models.loading import embedding_rows
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
 
 PROBE_LENGTHS = 12, 7, 5

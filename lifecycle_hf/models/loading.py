@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -29,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from lifecycle_hf.models.adapters.embeddings import embedding_rows, merge_and_untie
 from lifecycle_hf.models.heads import RewardModel
 
 ADAPTER_NOTES = "lifecycle_adapter.json"
@@ -230,14 +230,6 @@ def _reshards_after_forward(unit: FSDPModule) -> bool:
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
-def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
-    """Return the number of rows of a model's input embeddings, with or without an adapter on them."""
-    layer = model.get_input_embeddings()
-    while not hasattr(layer, "num_embeddings"):
-        layer = getattr(layer, "token_adapter", layer).get_base_layer()  # PEFT wraps trainable tokens twice
-    return layer.num_embeddings
-
-
 def disable_dropout(model: torch.nn.Module) -> None:
     """Switch dropout off permanently: in dropout layers, and in layers that store the rate as a float attribute."""
     for module in model.modules():
@@ -426,27 +418,11 @@ def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> Pre
             base = _base_of(path)
         if getattr(base, "hf_quantizer", None) is not None:
             base = base.dequantize(dtype=torch.float32)
-        adapted = load_adapter(base.float(), path)
-        _untie(adapted)
-        merged = adapted.merge_and_unload()
-        if _head(merged) is not None and _head(merged).weight is not merged.get_input_embeddings().weight:
-            merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+        merged = merge_and_untie(load_adapter(base.float(), path))
     merged.save_pretrained(output_dir)
     if not isinstance(model_or_path, PeftModel):
         load_tokenizer(path).save_pretrained(output_dir)
     return merged
-
-
-def _head(model) -> torch.nn.Module | None:
-    head = model.get_output_embeddings()
-    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-
-
-def _untie(model: PeftModel) -> None:
-    """Give the head a weight of its own if the adapter is to be added to it, or to the embeddings, alone."""
-    pair = model.get_input_embeddings(), model.get_output_embeddings()
-    if any(isinstance(layer, BaseTunerLayer) for layer in pair) and pair[1] is not None:
-        _head(model).weight = torch.nn.Parameter(_head(model).weight.detach().clone())
 
 
 def _base_of(adapter: str) -> PreTrainedModel:
