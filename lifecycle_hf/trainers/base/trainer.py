@@ -1,6 +1,10 @@
 """What every trainer of the library shares: metrics, checkpoints, auxiliary losses, and the model card."""
 
+from collections.abc import Iterable
+
+from datasets import Dataset
 from peft import PeftModel
+from transformers import TrainingArguments
 
 from lifecycle_hf.evaluation.report import TaxReport
 from lifecycle_hf.trainers.base.auxiliary import AuxiliaryLossMixin
@@ -16,6 +20,15 @@ CARD_OPTIONS = (
 )  # fmt: skip
 
 
+def with_lengths(dataset: Dataset, columns: Iterable[str], args: TrainingArguments) -> Dataset:
+    """Return `dataset` with the number of tokens in `columns` as `length_column_name`, if batches go by length."""
+    name, columns = args.length_column_name, list(columns)
+    if args.train_sampling_strategy in ("random", "sequential") or name in dataset.column_names:
+        return dataset
+    rows = dataset.select_columns(columns)
+    return dataset.add_column(name, [sum(len(row[column]) for column in columns) for row in rows])
+
+
 class LifecycleTrainerMixin(MetricsMixin, CheckpointMixin, AuxiliaryLossMixin):
     """Put this before `transformers.Trainer` (or a subclass) in the bases of a trainer.
 
@@ -29,6 +42,19 @@ class LifecycleTrainerMixin(MetricsMixin, CheckpointMixin, AuxiliaryLossMixin):
     card_paper: tuple[str, str]
     card_options: tuple[str, ...] = ()
     dataset_name: str | None = None
+
+    def prepared(self, dataset, where: str):
+        """Return a dataset that was given to `evaluate` or `predict` as rows that the collator takes."""
+        return dataset
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in transformers, of raw rows too."""
+        given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(self.prepared(eval_dataset, "eval_dataset") if given else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As in transformers, of raw rows too."""
+        return super().get_test_dataloader(self.prepared(test_dataset, "test_dataset"))
 
     @property
     def tax_report(self) -> TaxReport | None:

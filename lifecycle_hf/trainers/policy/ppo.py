@@ -136,8 +136,6 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.can_return_loss, self.label_names, self._texts, self._step_totals = True, [], [], None
         protect(self, ptx_dataset, mixes=mixes)
 
-    # Setting up
-
     def constrain_objective(self, multiplier: LagrangeMultiplier) -> None:
         """Weigh the policy loss by λ: pretraining and auxiliary losses are minimised subject to a floor of the score.
 
@@ -153,6 +151,10 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             )
         self.score_floor = multiplier
         self.dual_ascent.watch("objective", multiplier)
+
+    def prepared(self, dataset, where: str):
+        given = (dataset, self.processing_class, self.args, where)
+        return dataset if "prompt_ids" in dataset.column_names else prepare_prompts(*given)
 
     def _settles_values(self) -> bool:
         """Return whether the value loss takes its gradients at once, and not in the joint backward pass.

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lifecycle_hf.models.loading import disable_dropout, is_sharded
 from lifecycle_hf.models.reference import load_logprobs, model_fingerprint, rows_fingerprint, save_logprobs
 from lifecycle_hf.trainers.base.mitigations import protect
 from lifecycle_hf.trainers.base.policy import PolicyAndReference, PolicyBuilder, PolicyTrainerMixin
+from lifecycle_hf.trainers.base.trainer import with_lengths
 
 RowMetrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """{metric: (total, count)} with one entry per example, [B] each."""
@@ -113,7 +113,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     def _tokenized(self, dataset, where: str):
         def tokenize(part, place):
             done = {"prompt_ids", *self.columns, *self.extra_columns} <= set(part.column_names)
-            return part if done else self.tokenize(part, place)
+            return with_lengths(part if done else self.tokenize(part, place), ("prompt_ids", *self.columns), self.args)
 
         return self._each(dataset, tokenize, where)
 
@@ -250,12 +250,11 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Return the metrics of training on held-out data, exact over all rows."""
-        eval_dataset = eval_dataset if isinstance(eval_dataset, str) else self._tokenized(eval_dataset, "eval_dataset")
-        if self.needs_reference and self.args.precompute_ref_log_probs and isinstance(eval_dataset, Dataset | dict):
-            eval_dataset = self._each(eval_dataset, partial(self._with_reference, keep=False), metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def prepared(self, dataset, where: str):
+        """Return raw rows tokenised, and with the reference's log-probs where those are computed once."""
+        dataset = self._tokenized(dataset, where)
+        known = self.needs_reference and self.args.precompute_ref_log_probs
+        return self._with_reference(dataset, where, keep=False) if known else dataset
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)

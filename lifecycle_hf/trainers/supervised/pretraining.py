@@ -20,8 +20,9 @@ from lifecycle_hf.data.denoising import IGNORED, PREFIX_LM, SPAN_CORRUPTION, UL2
 from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, TokenStream
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows, RowPlan
 from lifecycle_hf.data.special_tokens import add_denoising_tokens
+from lifecycle_hf.models.adapters.embeddings import embedding_rows
 from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
-from lifecycle_hf.models.loading import embedding_rows, ensure_pad_token, load_pretraining_model
+from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.trainers.base.mitigations import mitigations_in_force, protect
 from lifecycle_hf.trainers.base.options import TrainerConfig, option

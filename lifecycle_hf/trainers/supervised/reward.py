@@ -20,6 +20,7 @@ from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import ensure_pad_token, load_classifier, prepare_quantized
 from lifecycle_hf.objectives.reward import bradley_terry_loss
 from lifecycle_hf.trainers.base.options import OWN_LOSS
+from lifecycle_hf.trainers.base.trainer import with_lengths
 from lifecycle_hf.trainers.supervised.base import (
     StageConfig,
     StageTrainerMixin,
@@ -81,10 +82,13 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
         self._scored: list[torch.Tensor] | None = None
         self._held_out: list[torch.Tensor] = []
         self._finalized_at: int | None = None
+        self.args = args
         self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
         train_dataset = self._tokenized(train_dataset, "train_dataset")
         eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
         settled = own_copy(args, model_init_kwargs=None, chat_template_path=None, pad_token=None)
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            settled.remove_unused_columns = False  # the sampler reads the lengths; the collator takes what it needs
         kwargs |= {"processing_class": tokenizer, "peft_config": _with_score_head(peft_config)}
         super().__init__(model, settled, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self._trainables_to_fp32(args)
@@ -104,9 +108,14 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
             return dataset
         if isinstance(dataset, dict):
             return {name: self._tokenized(part, f"{where} {name!r}") for name, part in dataset.items()}
-        if {"chosen_ids", "rejected_ids"} <= set(dataset.column_names):
-            return dataset
-        return tokenize_preference(to_preference(dataset, where), where=where, **self._tokenizing)
+        pair = ("chosen_ids", "rejected_ids")
+        if not set(pair) <= set(dataset.column_names):
+            dataset = tokenize_preference(to_preference(dataset, where), where=where, **self._tokenizing)
+        return with_lengths(dataset, pair, self.args)
+
+    def prepared(self, dataset, where: str):
+        """Return raw pairs tokenised."""
+        return self._tokenized(dataset, where)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)

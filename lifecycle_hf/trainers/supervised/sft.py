@@ -107,6 +107,19 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         usable_rows(problems, where="train_dataset", strict=self.args.strict_data)
         self.train_dataset = self.train_dataset.remove_columns(ROW)
 
+    def prepared(self, dataset, where: str):
+        """Return tokenised rows as they are.
+
+        Raises:
+            ValueError: the rows are raw; TRL tokenises them in `evaluate` only.
+        """
+        if isinstance(dataset, Dataset) and not {"input_ids", "image", "images"} & set(dataset.column_names):
+            raise ValueError(
+                f"{where} is not tokenised (columns {dataset.column_names}): call evaluate(dataset, "
+                "metric_key_prefix='test') instead of predict."
+            )
+        return dataset
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if has_prefix(self.model) and "labels" in inputs:
             rows = (inputs.get(name) for name in ("labels", "attention_mask", "position_ids"))
