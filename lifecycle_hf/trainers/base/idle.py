@@ -65,7 +65,8 @@ RULES = (
     ),
     Rule(("num_train_epochs",), "max_steps", lambda args: args.max_steps > 0, "leave max_steps out"),
     Rule(
-        ("warmup_steps",), "lr_scheduler_type", _if("lr_scheduler_type", *WITHOUT_WARMUP),
+        ("warmup_steps",), "lr_scheduler_type",
+        lambda args: args.warmup_steps != 0 and args.lr_scheduler_type in WITHOUT_WARMUP,
         'set lr_scheduler_type to one with warm-up, such as "constant_with_warmup"',
     ),
     Rule(
