@@ -21,8 +21,11 @@ class Letters:
 
     eos_token_id = 2
 
+    def ids(self, text):
+        return ["ab$".index(letter) for letter in text]
+
     def __call__(self, text):
-        return {"input_ids": ["ab$".index(letter) for letter in text]}
+        return {"input_ids": self.ids(text) if isinstance(text, str) else [self.ids(one) for one in text]}
 
 
 # From a: a 1/2, b 1/4, end 1/4. From b: a 1/8, b 3/4, end 1/8.

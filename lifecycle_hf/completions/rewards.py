@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
+from lifecycle_hf.data.chat import template_options
 from lifecycle_hf.data.tokenize import encode_complete
 
 
@@ -45,16 +46,18 @@ class Samples:
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Return the token ids of each prompt with its completion, as a reward model reads them."""
+        given = [template_options({n: self.columns[n][i] for n in self.columns}) for i in range(len(self.texts))]
         return [
-            encode_complete(tokenizer, _continued(prompt, completion))
-            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+            encode_complete(tokenizer, _continued(prompt, completion), **options)
+            for prompt, completion, options in zip(self.prompts, self.completions, given, strict=True)
         ]
 
 
 def _continued(prompt, completion):
     if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
         return prompt + completion
-    opened = prompt[-1] | {"content": prompt[-1]["content"] + completion[0]["content"]}
+    said, more = prompt[-1]["content"], completion[0]["content"]
+    opened = prompt[-1] | {"content": said + ([{"type": "text", "text": more}] if isinstance(said, list) else more)}
     return [*prompt[:-1], opened]
 
 

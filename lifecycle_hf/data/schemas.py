@@ -1,13 +1,14 @@
 """The dataset formats that this library reads: their columns, how to recognise them and how to convert them.
 
 The names and layouts are TRL's: ``text | prompt-completion | preference | unpaired | prompt``, each plain (strings) or
-chat (lists of ``{"role", "content"}`` messages).
+chat (lists of ``{"role", "content"}`` messages). A message may hold ``"tool_calls"`` beside or instead of its content.
+The columns ``tools`` and ``chat_template_kwargs`` go to the chat template.
 """
 
 import difflib
 import re
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import maybe_extract_prompt
 
 # For each schema, sets of columns. A dataset needs all columns of one set.
@@ -18,7 +19,9 @@ SCHEMAS = {
     "text": [("text",), ("messages",), ("conversations",)],
     "prompt": [("prompt",)],
 }
-_PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "ref_chosen_logps", "ref_rejected_logps")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", *_LOGPS, *TEMPLATE_COLUMNS)
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -31,9 +34,25 @@ def check_train_dataset(dataset, trainer: str) -> None:
     """
     if dataset is None:
         raise ValueError(f"{trainer}: train_dataset is missing.")
+    refuse_stream(dataset, f"{trainer}: train_dataset")
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__
         raise ValueError(f"{trainer}: train_dataset is a {kind}; pass a datasets.Dataset (one split, not streamed).")
+
+
+def refuse_stream(dataset, where: str) -> None:
+    """Check that a dataset is not streamed.
+
+    Raises:
+        ValueError: it is; the message says why that is not possible and how to load the data.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{where} is streamed (IterableDataset), but its rows are all read, checked and counted before training. "
+            "Only the train_dataset and eval_dataset of SFTTrainer and the train_dataset of PretrainingTrainer may be "
+            "streamed. Load it without streaming=True, or take its first n rows: "
+            "Dataset.from_list(list(dataset.take(n)))."
+        )
 
 
 def validate(dataset: Dataset, schema: str, where: str) -> None:
@@ -73,7 +92,18 @@ def _missing_columns(columns: list[str], options: list[tuple[str, ...]], what: s
     hints = [f"'{column}' looks like a misspelt '{name}'" for name, column in alike.items()]
     wanted = " or ".join(str(list(option)) for option in options)
     mend = "; ".join(hints) if hints else "rename your columns with dataset.rename_column(old, new)"
+    if {"instruction", "output"} <= set(columns) and any("prompt" in option for option in options):
+        mend = f"These are Alpaca's columns. Convert them by {_alpaca_line(columns)}"
     return f"{what} needs the columns {wanted}, but {missing} is missing. Columns found: {columns}. {mend}."
+
+
+def _alpaca_line(columns: list[str]) -> str:
+    """Return the code that makes prompt and completion of Alpaca's columns."""
+    prompt, old = "row['instruction']", [name for name in ("instruction", "input", "output") if name in columns]
+    if "input" in columns:
+        prompt = "(row['instruction'] + '\\n\\n' + (row['input'] or '')).strip()"
+    made = f"{{'prompt': {prompt}, 'completion': row['output']}}"
+    return f"dataset = dataset.map(lambda row: {made}, remove_columns={old})"
 
 
 def detect(dataset: Dataset, where: str) -> str:
@@ -154,8 +184,10 @@ def to_prompts(dataset: Dataset, where: str) -> Dataset:
 
 def _unify_preference(dataset: Dataset) -> Dataset:
     first = {name: first_value(dataset, name) for name in ("prompt", "chosen") if name in dataset.column_names}
-    whole = is_transcript(first["chosen"])
-    if "prompt" in first and (whole or isinstance(first["prompt"], str) != isinstance(first["chosen"], str)):
+    prompt, chosen = first.get("prompt"), first["chosen"]
+    whole = is_transcript(chosen)
+    holds_prompt = is_messages(chosen) and chosen[0]["role"] != "assistant" and isinstance(prompt, str)
+    if "prompt" in first and (whole or holds_prompt or (prompt is None and isinstance(chosen, str))):
         dataset = dataset.remove_columns("prompt")
     if whole:
         return dataset.map(lambda row: {side: _messages_or_nothing(row[side]) for side in ("chosen", "rejected")})

@@ -241,8 +241,8 @@ BAD_PAIRS = [
     ("empty prompt", CHAT, {"prompt": []}, None),
     ("empty rejected", CHAT, {"rejected": say("  ")}, None),
     ("identical chosen and rejected", CHAT, {"rejected": say("Yes")}, None),
-    ("chosen with a message that has no text", CHAT, {"chosen": say(None)}, None),
-    ("prompt with a message that has no text", CHAT, {"prompt": SILENT + ASK}, None),
+    ("chosen with a message that has neither text nor tool calls", CHAT, {"chosen": say(None)}, None),
+    ("prompt with a message that has neither text nor tool calls", CHAT, {"prompt": SILENT + ASK}, None),
     ("prompt that fills max_length=20", CHAT, {"prompt": ASK * 10}, 20),
 ]
 BAD_UNPAIRED = [
@@ -256,8 +256,8 @@ BAD_UNPAIRED = [
     ("prompt without a token", LABELLED, {"prompt": ""}, None),
     ("empty completion", SPOKEN, {"completion": []}, None),
     ("empty prompt", SPOKEN, {"prompt": []}, None),
-    ("completion with a message that has no text", SPOKEN, {"completion": say(None)}, None),
-    ("prompt with a message that has no text", SPOKEN, {"prompt": SILENT}, None),
+    ("completion with a message that has neither text nor tool calls", SPOKEN, {"completion": say(None)}, None),
+    ("prompt with a message that has neither text nor tool calls", SPOKEN, {"prompt": SILENT}, None),
 ]
 BAD_ROWS = [(pairs, *case) for case in BAD_PAIRS] + [(unpaired, *case) for case in BAD_UNPAIRED]
 

@@ -138,3 +138,19 @@ def test_real_transcripts(shared_data):
     prompts = to_prompts(dataset, "hh")["prompt"]
     assert len(prompts) == 1500
     assert all(prompt[-1]["role"] == "user" and prompt[-1]["content"] for prompt in prompts)
+
+
+@pytest.mark.parametrize("columns", [("instruction", "input", "output"), ("instruction", "output")])
+def test_alpaca_columns_are_named_with_the_line_that_converts_them(columns):
+    row = dict(zip(columns, ("Add.", "1 + 1", "2") if len(columns) == 3 else ("Add.", "2"), strict=True))
+    dataset = Dataset.from_list([row, row | {"input": ""} if "input" in row else row])
+    for check in (lambda data: detect(data, "train_dataset"), lambda data: to_prompts(data, "train_dataset")):
+        with pytest.raises(ValueError, match="train_dataset.*These are Alpaca's columns") as error:
+            check(dataset)
+    names = {"dataset": dataset}
+    exec(str(error.value).partition("Convert them by ")[2].removesuffix("."), names)
+    prompts = ["Add.\n\n1 + 1", "Add."] if len(columns) == 3 else ["Add."] * 2
+    assert names["dataset"].to_list() == [{"prompt": prompt, "completion": "2"} for prompt in prompts]
+    with pytest.raises(ValueError) as error:
+        to_preference(dataset, "train_dataset")
+    assert "Alpaca" not in str(error.value)

@@ -1,10 +1,10 @@
 import pytest
 from datasets import Dataset
 
+from lifecycle_hf.data.chat import has_generation_markers
 from lifecycle_hf.data.tokenize import (
     encode_complete,
     encode_prompt,
-    has_generation_markers,
     require_eos,
     tokenize_preference,
     tokenize_prompts,

@@ -14,7 +14,7 @@ LIMITS = (
         (
             "ppo_epochs", "num_mini_batches", "max_prompt_length", "max_completion_length", "generation_batch_size",
             "ptx_batch_size", "ptx_max_length", "max_faults", "num_completions_to_print", "ewc_rows", "projection_k",
-            "projection_batches", "projection_every", "precompute_ref_batch_size",
+            "projection_batches", "projection_every", "precompute_ref_batch_size", "dataset_num_proc",
         ),
         lambda value: isinstance(value, int) and value >= 1, "must be at least 1, and whole",
     ),
@@ -170,6 +170,7 @@ class PolicyConfig(TrainerConfig):
     learning_rate: float = option(1e-6, "Learning rate of the policy.")
     disable_dropout: bool = option(True, "Switch dropout off, so that log-probs do not depend on chance.")
     strict_data: bool = option(False, STRICT_DATA)
+    dataset_num_proc: int | None = option(None, "Number of processes that tokenise the data; None: one.")
 
     def __post_init__(self):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:

@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lifecycle_hf.completions.rewards import CallableReward
 from lifecycle_hf.completions.scoring import unwrapped
-from lifecycle_hf.data.schemas import to_prompts
+from lifecycle_hf.data.schemas import refuse_stream, to_prompts
 from lifecycle_hf.data.tokenize import tokenize_prompts
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
@@ -213,7 +214,16 @@ def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
 def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) -> Dataset:
     """Return rows with "prompt" (of at most `max_prompt_length` tokens), "prompt_ids" and the other columns."""
     options = {"max_length": args.max_prompt_length, "where": where, "strict": args.strict_data}
-    return tokenize_prompts(to_prompts(dataset, where), tokenizer, **options)
+    refuse_stream(dataset, where)
+    dataset = to_prompts(dataset, where)
+    if args.chat_template_kwargs:
+        dataset = dataset.map(partial(_with_template_kwargs, args.chat_template_kwargs))
+    return tokenize_prompts(dataset, tokenizer, **options, num_proc=args.dataset_num_proc)
+
+
+def _with_template_kwargs(given: dict, row: dict) -> dict:
+    own = row.get("chat_template_kwargs") or {}
+    return {"chat_template_kwargs": given | {name: value for name, value in own.items() if value is not None}}
 
 
 def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transformers import TrainingArguments
+
 from lifecycle_hf.trainers.base.options import PolicyConfig, option
 
 
@@ -13,6 +15,8 @@ class PPOConfig(PolicyConfig):
     per process, and the `ppo_epochs × num_mini_batches` optimizer steps on it. `max_steps`, `logging_steps`,
     `save_steps` and `eval_steps` count optimizer steps, as everywhere in transformers.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     refused = PolicyConfig.refused | {
         "auto_find_batch_size": "would change the rollout's size: leave it out.",
@@ -32,6 +36,9 @@ class PPOConfig(PolicyConfig):
     )
     max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all prompts.")
     max_completion_length: int = option(256, "Maximum number of tokens in a completion.")
+    chat_template_kwargs: dict | str | None = option(
+        None, "Arguments of the chat template, such as enable_thinking; a column of this name has precedence."
+    )
     temperature: float = option(1.0, "Sampling temperature; old, new and reference log-probs use it, too.")
     stop_tokens: list[str] | None = option(
         None, "Tokens that end a completion; by default the EOS tokens of the tokenizer and of the model."

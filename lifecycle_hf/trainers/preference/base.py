@@ -76,6 +76,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         builder = PolicyBuilder(args, model, processing_class=processing_class, peft_config=peft_config, **options)
         tokenizer = builder.tokenizer
         self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
+        self._tokenizing["num_proc"] = args.dataset_num_proc
         train_dataset = self.prepare_train(self._tokenized(train_dataset, "train_dataset"))
         eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
         needed = self.needs_reference and not self._all_have_reference(train_dataset, eval_dataset)

@@ -84,6 +84,7 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
         self._finalized_at: int | None = None
         self.args = args
         self._tokenizing = {"tokenizer": tokenizer, "max_length": args.max_length, "strict": args.strict_data}
+        self._tokenizing["num_proc"] = args.dataset_num_proc
         train_dataset = self._tokenized(train_dataset, "train_dataset")
         eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
         settled = own_copy(args, model_init_kwargs=None, chat_template_path=None, pad_token=None)

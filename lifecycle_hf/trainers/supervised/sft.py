@@ -3,26 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from lifecycle_hf.completions.scoring import has_prefix
+from lifecycle_hf.data.chat import has_generation_markers, require_chat_template, template_options
 from lifecycle_hf.data.collators import prompt_lengths
-from lifecycle_hf.data.schemas import SCHEMAS, check_train_dataset, detect, is_messages
-from lifecycle_hf.data.tokenize import (
-    has_generation_markers,
-    require_chat_template,
-    require_eos,
-    text_problem,
-    usable_rows,
-)
+from lifecycle_hf.data.schemas import SCHEMAS, TEMPLATE_COLUMNS, check_train_dataset, detect, is_messages
+from lifecycle_hf.data.tokenize import conversation_texts, require_eos
+from lifecycle_hf.data.usable import StreamFilter, Unusable, usable_rows
 from lifecycle_hf.models.loading import check_pad_token, is_adapter, load_causal_lm, load_tokenizer, prepare_quantized
 from lifecycle_hf.trainers.base.mitigations import protect
 from lifecycle_hf.trainers.base.options import MitigationOptions
@@ -34,7 +31,7 @@ from lifecycle_hf.trainers.supervised.base import (
     prepare_tokenizer,
 )
 
-ROW = "_row"
+ROW, PROBLEM = "_row", "_problem"
 
 
 @dataclass
@@ -56,7 +53,8 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
 
     Args:
         model: a name or path (of a model, or of an adapter to train further), or a causal LM or PeftModel.
-        args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config, ...: as in TRL.
+        args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config, ...: as in TRL. The
+            data may be streamed (with `max_steps`); unusable rows are then counted as they come.
         ptx_dataset: text, chat or prompt-completion data that [`MitigationOptions`] protect.
 
     Raises:
@@ -71,8 +69,8 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         args: SFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config=None,
@@ -80,7 +78,10 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         **kwargs,
     ):
         args = SFTConfig("output/sft") if args is None else args
-        check_train_dataset(train_dataset, "SFTTrainer")
+        if not isinstance(train_dataset, IterableDataset):
+            check_train_dataset(train_dataset, "SFTTrainer")
+        elif args.max_steps <= 0:
+            raise ValueError("SFTTrainer: train_dataset is streamed and has no length, so set max_steps.")
         tokenizer = prepare_tokenizer(model, processing_class, args)
         require_eos(tokenizer, "SFTTrainer")
         self._token_sums: list[torch.Tensor] | None = None
@@ -96,7 +97,7 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
         super().__init__(model, args, **data, **kwargs)
         prepare_quantized(self.model)
         check_pad_token(tokenizer, self.model)
-        if ROW in self.train_dataset.column_names:
+        if ROW in (self.train_dataset.column_names or ()):
             self._report_lost_rows(train_dataset[ROW])
         protect(self, ptx_dataset)
 
@@ -163,7 +164,8 @@ def _with_template(tokenizer, args: SFTConfig):
 def _checked(dataset, tokenizer, args: SFTConfig, where: str):
     """Return `dataset` without the rows that hold nothing to learn, and with the index of each row in a new column.
 
-    Of a dict each dataset is checked. Tokenised data and images are returned as they are.
+    Of a dict each dataset is checked. Tokenised data and images are returned as they are. The rows of a stream are
+    checked as they come, and get no index.
 
     Raises:
         ValueError: the columns are wrong, no row is usable (under `strict_data`: a row is not), chat data have no chat
@@ -171,7 +173,7 @@ def _checked(dataset, tokenizer, args: SFTConfig, where: str):
     """
     if isinstance(dataset, dict):
         return {name: _checked(part, tokenizer, args, f"{where} {name!r}") for name, part in dataset.items()}
-    columns = [] if dataset is None else dataset.column_names
+    columns = [] if dataset is None else dataset.column_names or list(next(iter(dataset), {}))
     if dataset is None or {"input_ids", "image", "images"} & set(columns):
         return dataset
     read = (args.dataset_text_field,)
@@ -183,29 +185,43 @@ def _checked(dataset, tokenizer, args: SFTConfig, where: str):
                 "'messages', or 'prompt' and 'completion'."
             )
         read = next(option for option in SCHEMAS[schema] if set(option) <= set(columns))
-    rows = dataset.select_columns(list(read))
-    problems = [_problem(maybe_convert_to_chatml(row), args.assistant_only_loss) for row in rows]
-    kept = usable_rows(problems, where=where, strict=args.strict_data)
-    first = maybe_convert_to_chatml(rows[kept[0]])
-    conversation = first["prompt"] + first["completion"] if "prompt" in first else next(iter(first.values()))
-    if is_messages(conversation):
+    read = [*read, *(name for name in TEMPLATE_COLUMNS if name in columns)]
+    if any(is_messages(value) for value in next(iter(dataset)).values()):
         require_chat_template(tokenizer, where)
+    problem = partial(_problem, tokenizer, read, args.dataset_text_field, args.assistant_only_loss)
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.filter(StreamFilter(problem, where=where, strict=args.strict_data), with_indices=True)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"{where}: no row of the stream is usable. The warnings above say why.")
+    else:
+        options = {"num_proc": args.dataset_num_proc, "desc": f"Checking {where}"}
+        rows = dataset.select_columns(read)
+        rows = rows.map(lambda row: {PROBLEM: problem(row)}, remove_columns=read, **options)
+        kept = usable_rows(rows[PROBLEM], where=where, strict=args.strict_data)
+        dataset = dataset.select(kept).add_column(ROW, kept)
+        first = dataset[0]
     if args.assistant_only_loss:
-        _check_assistant_mask(tokenizer, conversation, where)
-    return dataset.select(kept).add_column(ROW, kept)
+        first = maybe_convert_to_chatml({name: first[name] for name in read})
+        conversation = first["prompt"] + first["completion"] if "prompt" in first else first.get("messages")
+        _check_assistant_mask(tokenizer, conversation, where, template_options(first))
+    return dataset
 
 
-def _problem(row: dict, assistant_only: bool) -> str:
-    *prompt, (name, value) = row.items()
-    problem = text_problem(value, name)
-    if not problem and prompt and type(prompt[0][1]) is not type(value):
-        problem = "prompt and completion of different kinds (text, messages)"
-    if not problem and assistant_only and is_messages(value) and not any(m["role"] == "assistant" for m in value):
-        problem = "without an assistant turn"
-    return problem
+def _problem(tokenizer, read: list[str], text_field: str, assistant_only: bool, row: dict) -> str:
+    """Return why a row can't be used, or an empty string if it can."""
+    row = maybe_convert_to_chatml({name: row[name] for name in read})
+    try:
+        conversation_texts(tokenizer, row, text_field)
+    except Unusable as problem:
+        return str(problem)
+    learnt = row.get("completion", row.get("messages"))
+    if assistant_only and is_messages(learnt) and not any(message["role"] == "assistant" for message in learnt):
+        return "without an assistant turn"
+    return ""
 
 
-def _check_assistant_mask(tokenizer, conversation, where: str) -> None:
+def _check_assistant_mask(tokenizer, conversation, where: str, given: dict) -> None:
     """Check that the mask of the assistant's tokens is neither empty nor full and holds the end-of-turn token."""
     if not is_messages(conversation):
         raise ValueError(f"assistant_only_loss needs chat messages, but {where} holds plain text: turn it off.")
@@ -217,7 +233,7 @@ def _check_assistant_mask(tokenizer, conversation, where: str) -> None:
         except ValueError as error:
             raise ValueError(f"{subject} has no {{% generation %}} markers around assistant turns. {mend}") from error
     mask = tokenizer.apply_chat_template(
-        conversation, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        conversation, return_dict=True, return_assistant_tokens_mask=True, **{"chat_template": template} | given
     )["assistant_masks"]
     if any(message["role"] == "assistant" for message in conversation) and (not any(mask) or all(mask)):
         marked = f"{sum(mask)} of {len(mask)} tokens of the first row of {where}"
