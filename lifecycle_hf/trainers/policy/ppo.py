@@ -46,8 +46,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
     """Train a policy with rewards by PPO, with the KL in the reward and with pretraining gradients.
 
     It maximises E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] (InstructGPT, https://arxiv.org/abs/2203.02155,
-    Eq. 2) by the clipped surrogate (https://arxiv.org/abs/1707.06347). γ_ptx weighs a mean per token here, and is not
-    comparable with InstructGPT's 27.8, which weighs a sum per sequence.
+    Eq. 2) by the clipped surrogate (https://arxiv.org/abs/1707.06347). γ_ptx weighs a mean per token.
 
     Args:
         model: policy; a name or path (of a model or an adapter), a causal LM or a PeftModel.
@@ -105,16 +104,16 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         builder = ActorCriticBuilder(
             args, model, processing_class, peft_config, quantization_config, model_init_kwargs
         )
-        actor_critic = builder.build(reward_funcs, reward_processing_classes, value_model, ref_model)
+        roles = builder.build(reward_funcs, reward_processing_classes, value_model, ref_model)
         tokenizer = builder.tokenizer
-        check_room(actor_critic, args)
+        check_room(roles, args)
         check_mitigations(args, ptx_dataset)
         if eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, tokenizer, args, "eval_dataset")
         train_dataset = prepare_prompts(train_dataset, tokenizer, args, "train_dataset")
-        stop_tokens = stop_token_ids(actor_critic.policy, tokenizer, args.stop_tokens)
+        stop_tokens = stop_token_ids(roles.policy, tokenizer, args.stop_tokens)
         super().__init__(
-            actor_critic, args, list, train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
+            roles, args, list, train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         self.check_engine()
         self.model.settles_values = self._settles_values()
@@ -129,9 +128,8 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.buffer, self.guard, self.alarm = RolloutBuffer(args), FaultGuard(self), HackingAlarm(self)
         self.add_callback(self.guard)
         self.add_callback(self.alarm)
-        moments = self.rollouts.reward_moments
-        self.stateful |= {"kl_control": self.kl_control, "reward_moments": moments, "faults": self.guard}
-        self.stateful["hacking"] = self.alarm.detector
+        self.stateful |= {"kl_control": self.kl_control, "reward_moments": self.rollouts.reward_moments}
+        self.stateful |= {"faults": self.guard, "hacking": self.alarm.detector}
         self.stateful_per_rank["rollout"] = self.buffer
         self.can_return_loss, self.label_names, self._texts, self._step_totals = True, [], [], None
         protect(self, ptx_dataset, mixes=mixes)
