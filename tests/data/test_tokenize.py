@@ -3,8 +3,10 @@ from datasets import Dataset
 
 from lifecycle_hf.data.chat import has_generation_markers
 from lifecycle_hf.data.tokenize import (
+    Text,
     encode_complete,
     encode_prompt,
+    encode_texts,
     require_eos,
     tokenize_preference,
     tokenize_prompts,
@@ -156,3 +158,36 @@ def test_tokenize_texts_truncates_and_drops_what_truncation_took(tokenizer):
 def test_tokenize_texts_of_another_schema(tokenizer):
     with pytest.raises(ValueError, match="ptx_dataset is a prompt dataset"):
         tokenize_texts(Dataset.from_list([{"prompt": "a"}]), tokenizer, max_length=None, where="ptx_dataset")
+
+
+def test_parts_between_special_tokens_are_encoded_alone(tokenizer):
+    """The ids are those of the whole text, also beside tokens that take in white space or are no special tokens."""
+    from tokenizers import AddedToken
+
+    extra = [AddedToken("<left>", lstrip=True, special=True), AddedToken("<right>", rstrip=True, special=True)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*extra, AddedToken("<|user|>s", special=True)]})
+    tokenizer.add_tokens(["fox"])
+    texts = [
+        "<bos><|user|>Hi <|user|>s<|user|> fox<eos>\n",
+        "a <left> <|user|> <right>  <eos>  b",
+        "no token",
+        "",
+        "<eos>",
+    ]
+    chats = [Text(text, chat=True) for text in texts]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert encode_texts(tokenizer, chats) == expected
+    assert encode_texts(tokenizer, [*chats[::-1], Text("Hi"), *chats])[-5:] == expected
+    tokenizer.split_special_tokens = True
+    assert encode_texts(tokenizer, chats) == tokenizer(texts, add_special_tokens=False)["input_ids"] != expected
+
+
+def test_batches_and_processes_make_the_same_rows(tokenizer):
+    """Rows 1,000 and up are in a second batch; the first batch may hold no usable row."""
+    rows = [{"prompt": ""}] * 1001 + [{"prompt": "Hi"}] * 3
+    options = {"max_length": None, "where": "t"}
+    with pytest.warns(UserWarning, match="1001 of 1004 rows"):
+        got = tokenize_prompts(Dataset.from_list(rows), tokenizer, **options)
+    with pytest.warns(UserWarning, match="1001 of 1004 rows"):
+        again = tokenize_prompts(Dataset.from_list(rows), tokenizer, num_proc=2, **options)
+    assert got.to_list() == again.to_list() == [{"prompt": "Hi", "prompt_ids": tokenizer("Hi")["input_ids"]}] * 3
