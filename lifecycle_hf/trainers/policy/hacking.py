@@ -121,7 +121,8 @@ class HackingDetector:
     Attributes:
         START, PROMPTS: the start is that many rollouts, or more until they have so many prompts. `START` rollouts are
             averaged against noise for the last two findings.
-        NEW_REPEATS: share of prompts with new repeats. Such a text must make up `COMMON` of all, and 3 prompts.
+        NEW_REPEATS: share of prompts with new repeats, the mean of this rollout and the one before. Such a text must
+            make up `COMMON` of all, and 3 prompts.
         FALL: present value / start's of "distinct".
         NOISE: standard errors of a difference.
         GROWTH, CORRELATION: of "length": present length / start's, and the least correlation.
@@ -138,6 +139,7 @@ class HackingDetector:
         self.start: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self.reported: dict[str, float] = {}
+        self.repeated = 0.0  # share of prompts with new repeats in the rollout before
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self)
@@ -172,13 +174,15 @@ class HackingDetector:
     def _repeats(self, look: RolloutLook):
         """Yield (kind, size, sentence), as the methods below do."""
         repeats = self.new_repeats(look)
-        if (total := sum(repeats.values())) >= self.NEW_REPEATS:
+        total, before = sum(repeats.values()), self.repeated
+        self.repeated = total
+        if repeats and (size := (total + before) / 2) >= self.NEW_REPEATS:
             text, share = next(iter(repeats.items()))
             which, most = "one text", ""
             if len(repeats) > 1:
                 which, most = f"{len(repeats)} texts", f"; {share:.0%} are this one"
             said = f"{total:.0%} of the completions are {which} that no two prompts shared at the start{most}"
-            yield "new_repeats", total, f"{said}: {_quoted(text)}"
+            yield "new_repeats", size, f"{said}: {_quoted(text)}"
 
     def _alike(self, look: RolloutLook):
         now, start = look.distinct, self.start["distinct"]
