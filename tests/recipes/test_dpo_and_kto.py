@@ -222,13 +222,13 @@ def test_pushed_and_loaded_back(hub, stage, peft, base, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [5, 6])
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "orpo", "kto"])
-def test_gold_reward_rises(objective, seed, tmp_path):
-    """The embedded default, about a minute each."""
+def test_default_aligns_and_keeps_its_answers(objective, seed, tmp_path):
+    """The embedded default, about a minute each: the bounds that each seed must keep; no tuning has seen these."""
     recipe = [RECIPES / "kto.py"] if objective == "kto" else [RECIPES / "dpo.py", "--objective", objective]
     command = [sys.executable, *map(str, recipe), "--seed", str(seed), "--output_dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=1800, cwd=tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     print({"objective": objective, "seed": seed, "report": report})
-    assert report["gold_reward"]["after"] - report["gold_reward"]["before"] >= 0.15
+    assert report["gold_reward"]["after"] >= 0.7 and report["benign_accuracy"]["after"] >= 0.7

@@ -1,4 +1,4 @@
-"""The embedded default of recipes/ppo.py: over two processes, and its effect on three seeds."""
+"""The embedded default of recipes/ppo.py: over two processes, and its effect on two seeds."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import launch, needs_deepspeed
 
-from lifecycle_hf import SFTConfig, SFTTrainer, toyworld
+from lifecycle_hf import toyworld
 from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
@@ -35,33 +35,14 @@ def test_embedded_default_runs_on_two_processes(config, tmp_path):
     assert (tmp_path / "training.png").exists()
 
 
-def run(folder, seed, *options):
-    command = [sys.executable, str(RECIPE), "--seed", str(seed), "--output_dir", str(folder), *options]
-    subprocess.run(command, check=True, capture_output=True, timeout=1800)
-    return json.loads((folder / "report.json").read_text())
-
-
-def perplexity_of_control(folder, seed):
-    """Perplexity after as many steps of language modelling alone, on the same texts at the same learning rate."""
-    sft = str(toyworld.stage_checkpoint("sft"))
-    args = SFTConfig(
-        str(folder), max_steps=240, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="constant",
-        max_length=64, report_to="none", use_cpu=True, save_strategy="no", seed=seed, gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = SFTTrainer(sft, args, toyworld.dataset("ptx")["train"])
-    trainer.train()
-    return toyworld.measure(trainer.model, trainer.processing_class, n=8, seed=0)["perplexity"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gold_reward_rises_and_ptx_saves_two_thirds_of_the_tax(tmp_path, seed):
-    mixed = run(tmp_path / "ptx", seed)
-    plain = run(tmp_path / "plain", seed, "--ptx_coef", "0")
-    control = perplexity_of_control(tmp_path / "control", seed)
-    print({"seed": seed, "ptx": mixed, "plain": plain, "control": control})
-    assert mixed["gold_reward"]["after"] - mixed["gold_reward"]["before"] >= 0.25
-    # what further pretraining would have gained is no protection: with PTX the tax is counted from the control
-    tax_plain = plain["perplexity"]["after"] - plain["perplexity"]["before"]
-    tax_mixed = mixed["perplexity"]["after"] - min(control, mixed["perplexity"]["before"])
-    assert tax_plain > 0.02 and tax_plain >= 3 * tax_mixed
+@pytest.mark.parametrize("seed", [5, 6])
+def test_default_aligns_without_a_tax(tmp_path, seed):
+    """The bounds that each seed must keep; no tuning has seen these seeds. docs/ppo.md has ten of them."""
+    command = [sys.executable, str(RECIPE), "--seed", str(seed), "--output_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=3000)
+    found = toyworld.measure(load_causal_lm(str(tmp_path)), load_tokenizer(str(tmp_path)), n=512)
+    print({"seed": seed} | {name: float(value) for name, value in found.items()})
+    before = json.loads((tmp_path / "report.json").read_text())["perplexity"]["before"]
+    assert found["gold_reward"] >= 0.85 and found["benign_accuracy"] >= 0.75
+    assert found["perplexity"] <= before + 0.005
