@@ -1,13 +1,16 @@
 """Train on preference pairs by DPO, IPO or ORPO.
 
-The embedded default takes about a minute on a CPU:
+The embedded defaults take about a minute on a CPU:
     python recipes/dpo.py
+    python recipes/dpo.py --objective ipo
+    python recipes/dpo.py --objective orpo
 Your own model and data, in a YAML file or as options:
     accelerate launch recipes/dpo.py --config recipes/configs/dpo_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/dpo.py --model_name_or_path MODEL \
         --dataset_name PAIRS --objective ipo --use_peft --output_dir output/mine
 """
 
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +38,14 @@ def main(script_args, args, model_args):
     cli.train_and_report(trainer, script_args)
 
 
+def default_config():
+    """Return the embedded configuration of the objective that the command line names."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--objective", choices=tuple(OBJECTIVES), default="dpo")
+    configs = Path(__file__).parent / "configs"
+    config = configs / f"{parser.parse_known_args()[0].objective}_toyworld.yaml"
+    return config if config.is_file() else configs / "dpo_toyworld.yaml"
+
+
 if __name__ == "__main__":
-    default = Path(__file__).parent / "configs" / "dpo_toyworld.yaml"
-    main(*cli.parse((PreferenceArguments, PreferenceConfig, ModelConfig), default, description=__doc__))
+    main(*cli.parse((PreferenceArguments, PreferenceConfig, ModelConfig), default_config(), description=__doc__))
