@@ -204,12 +204,13 @@ def test_rewards_are_weighted_normalised_and_clipped(tiny_llama, tmp_path):
         tiny_llama, tmp_path, reward_funcs=[ramp, one], reward_weights=[2.0, -1.0], max_steps=1,
         reward_normalization="batch", reward_clip=1.0,
     )  # fmt: skip
-    raw = {"ramp": torch.arange(4.0), "one": torch.ones(4)}
-    shaped = run.rollouts._shape(raw, torch.ones(4, dtype=torch.bool), training=True)
+    weighted = 2 * torch.arange(4.0) - 1
+    shaped = run.rollouts._shape(weighted, torch.ones(4, dtype=torch.bool), training=True)
     expected = (torch.arange(4.0) - 1.5) / math.sqrt(1.25)
     close(shaped, expected.clamp(-1, 1))
     run.train()
     assert logged(run, "reward/ramp") == [1.5] and logged(run, "reward/one") == [1.0]
+    assert run.rollouts.look.score == 2 * 1.5 - 1
 
 
 def test_reward_callables_get_the_datasets_columns(tiny_llama, tmp_path):
@@ -355,7 +356,7 @@ def test_best_checkpoint_is_what_is_left_in_the_model(tiny_llama, tmp_path):
 def test_evaluation_keeps_the_scale_of_the_rewards(tiny_llama, tmp_path):
     run = trainer(tiny_llama, tmp_path, reward_normalization="running", reward_clip=0.1)
     raw, ended = {"r": torch.tensor([3.0, 5.0])}, torch.ones(2, dtype=torch.bool)
-    close(run.rollouts._shape(raw, ended, training=False), raw["r"])
+    close(run.rollouts._shape(raw["r"], ended, training=False), raw["r"])
     assert run.rollouts.reward_moments.count == 0
 
 
