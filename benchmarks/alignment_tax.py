@@ -1,7 +1,7 @@
 """What alignment costs in the toy world, and what each mitigation saves: fronts over paired seeds.
 
-    python benchmarks/alignment_tax.py --short     # two seeds, coarse grids: 20 minutes on two cores
-    python benchmarks/alignment_tax.py             # eight seeds, PPO and DPO: under four hours on two cores
+    python benchmarks/alignment_tax.py --short     # two seeds, coarse grids, 36 runs
+    python benchmarks/alignment_tax.py             # eight seeds, PPO and DPO, about 730 runs
     python benchmarks/alignment_tax.py --only ppo --seeds 10 11 12 13
 
 First the learning rate of each method is chosen on `--tuning_seeds`, which are not reported; --short takes

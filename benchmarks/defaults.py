@@ -1,12 +1,12 @@
 """What each embedded default does, over seeds that no tuning saw.
 
-    python benchmarks/defaults.py                                  # all, seeds 5 to 14; 45 minutes on two cores
+    python benchmarks/defaults.py                                  # all, seeds 5 to 14: 50 runs
     python benchmarks/defaults.py --only ppo dpo --seeds 5 6
     python benchmarks/defaults.py --only ppo --seeds 0 1 2 --options "--kl_coef 0.1 --ptx_coef 0" --name tuned
 
-Every run is the recipe with its default YAML and a seed. Its model answers 512 held-out requests of the toy world.
-A run that stands in --output_dir is kept. The printed tables are Markdown; docs/ppo.md and docs/preference.md hold
-them. Runs part by the rounding of the CPU, whose name is printed.
+Every run is the recipe with its default YAML and a seed, and takes one to three CPU minutes. Its model answers 512
+held-out requests of the toy world. A run that stands in --output_dir is kept. The printed tables are Markdown;
+docs/ppo.md and docs/preference.md hold them. Runs part by the rounding of the CPU, whose name is printed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How the KL controllers of PPO hold a target, in a run that over-optimises: ten seeds of each.
 
-    python benchmarks/kl_control.py                        # 20 runs; 20 minutes on two free cores
+    python benchmarks/kl_control.py                        # 20 runs of one to three CPU minutes
     python benchmarks/kl_control.py --seeds 0 1 --target 4
 
 Every run is recipes/ppo.py with recipes/configs/ppo_toyworld_overoptimized.yaml, the same target and the same β at the

@@ -144,7 +144,7 @@ def make_all(runs: list[Run], rows: int, workers: int) -> None:
                 print(f"failed: {error}", flush=True)
                 continue
             found = ", ".join(f"{name} {float(value):.3f}" for name, value in values_of(run).items())
-            print(f"{run.folder.parent.name}/{run.folder.name} in {seconds:.0f} s: {found}", flush=True)
+            print(f"{'/'.join(run.folder.parts[-4:])} in {seconds:.0f} s: {found}", flush=True)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed; run the benchmark again to make these alone.")
 

@@ -65,21 +65,21 @@ class StreamFilter:
 
     def __init__(self, problem: Callable[[dict], str], *, where: str, strict: bool):
         self.problem, self.where, self.strict = problem, where, strict
-        self.problems: dict[int, str] = {}
+        self.problems, self.last = Counter(), -1  # how often each problem came, and the last row that had one
 
     def __call__(self, row: dict, index: int) -> bool:
         problem = self.problem(row)
-        if problem and index not in self.problems:  # a later epoch brings the same rows
-            self.problems[index] = problem
-            self._tell(index)
+        if problem and index > self.last:  # a later epoch brings the same rows
+            self.problems[problem] += 1
+            self.last = index
+            self._tell()
         return not problem
 
-    def _tell(self, index: int) -> None:
-        bad = len(self.problems)
-        if self.strict or bad == index + 1 == 1000:
-            seen = [self.problems.get(i, "") for i in range(index + 1)]
-            usable_rows(seen, where=self.where, strict=self.strict)
+    def _tell(self) -> None:
+        bad, rows = self.problems.total(), self.last + 1
+        if self.strict or bad == rows == 1000:
+            usable_rows([""] * (rows - bad) + [*self.problems.elements()], where=self.where, strict=self.strict)
         if bad == 10 ** (len(str(bad)) - 1):
-            listed, mends = tell(Counter(self.problems.values()))
-            told = f"{bad} of the first {index + 1} rows can't be used ({listed})"
+            listed, mends = tell(self.problems)
+            told = f"{bad} of the first {rows} rows can't be used ({listed})"
             warnings.warn(f"{self.where}: {told}. They are dropped.{mends}", UserWarning, stacklevel=2)

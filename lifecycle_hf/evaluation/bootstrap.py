@@ -129,7 +129,7 @@ def jackknife(statistic: Callable[[list[int]], float], n: int, *, level: float =
         if estimate == estimate
         else math.nan
     )
-    return Difference(estimate, estimate - half, estimate + half, float(p))
+    return Difference(estimate, float(estimate - half), float(estimate + half), float(p))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,15 @@ def test_pushed_and_loaded_back(hub, stage, peft, base, data, tmp_path):
     with torch.no_grad():
         expected = loader.from_pretrained(out).eval()(torch.tensor([[7, 8, 9, 10]])).logits.sum().item()
     assert float(hub.run(PROBE.format(module=module, auto=auto))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"), [([], "dpo"), (["--objective", "orpo"], "orpo"), (["--objective=ipo"], "ipo")]
+)
+def test_each_objective_has_its_embedded_configuration(argv, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dpo.py", *argv, "--max_steps", "1"])
+    config = runpy.run_path(str(RECIPES / "dpo.py"))["default_config"]()
+    assert config.name == f"{name}_toyworld.yaml" and config.is_file()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def test_embedded_default_runs_on_two_processes(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, 6])
-def test_default_aligns_without_a_tax(tmp_path, seed):
+def test_default_aligns_and_keeps_its_answers(tmp_path, seed):
     """The bounds that each seed must keep; no tuning has seen these seeds. docs/ppo.md has ten of them."""
     command = [sys.executable, str(RECIPE), "--seed", str(seed), "--output_dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=3000)
