@@ -224,7 +224,8 @@ def main(args):
         found = {method: [[values_of(run) for run in seed] for seed in runs] for method, runs in plan.items()}
         text, numbers[stage] = report(stage, found, base_values(args.rows, folder), folder)
         rates = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
-        texts.append(f"{text}\nLearning rates (chosen on the seeds {args.tuning_seeds}): {rates}.\n")
+        chosen = f"chosen on the seeds {args.tuning_seeds}" if args.tuning_seeds else "the default's, not tuned"
+        texts.append(f"{text}\nLearning rates ({chosen}): {rates}.\n")
         print(texts[-1], flush=True)
     (folder / "results.md").write_text("\n".join(texts))
     (folder / "results.json").write_text(json.dumps(numbers, indent=1))
