@@ -58,11 +58,17 @@ def shared_data():
     return SHARED_DATA
 
 
-@pytest.fixture
-def hub():
-    """A running stand-in hub on loopback (see tests/hub_standin.py)."""
+@pytest.fixture(scope="session")
+def hub_server():
     with HubStandin() as server:
         yield server
+
+
+@pytest.fixture
+def hub(hub_server):
+    """A running and empty stand-in hub on loopback (see tests/hub_standin.py)."""
+    hub_server.clear()
+    return hub_server
 
 
 def _train_tokenizer():

@@ -3,6 +3,7 @@
 with HubStandin() as hub:
     hub.run("model.push_to_hub('me/tiny') ...")   # Python code, in a subprocess that talks to this hub
     hub.files("me/tiny")                           # {path: bytes} as pushed
+    hub.clear()                                    # as new
 """
 
 import base64
@@ -10,13 +11,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+WARM = Path(__file__).parent / "launched" / "warm.py"
 LFS_FROM = 10_000  # bytes; smaller files travel inside the commit
 
 
@@ -24,7 +28,7 @@ class HubStandin:
     """The server with its memory: `repositories` = {name: {path: bytes}}."""
 
     def __init__(self):
-        self.repositories, self.blobs, self.home = {}, {}, tempfile.TemporaryDirectory()
+        self.repositories, self.blobs, self.home, self.warm = {}, {}, tempfile.TemporaryDirectory(), None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -33,9 +37,16 @@ class HubStandin:
         return self
 
     def __exit__(self, *exception):
+        if self.warm:
+            self.warm.communicate()
         self.server.shutdown()
         self.server.server_close()
         self.home.cleanup()
+
+    def clear(self):
+        self.repositories.clear(), self.blobs.clear()
+        for folder in Path(self.home.name).iterdir():
+            shutil.rmtree(folder)
 
     def files(self, repository):
         return self.repositories[repository]
@@ -54,13 +65,22 @@ class HubStandin:
         }
 
     def run(self, code, *arguments, cwd=None):
-        """Run Python `code` (or, when it ends in .py, that script) against this hub; returns its standard output."""
-        source = [code] if code.endswith(".py") else ["-c", code]
-        command = [sys.executable, *source, *map(str, arguments)]
-        done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-        return done.stdout
+        """Run Python `code` (or, when it ends in .py, that script) against this hub; returns its standard output.
+
+        It runs in a fork of a process that reached for this hub as it imported the libraries (tests/launched/warm.py).
+        """
+        self.warm = self.warm or subprocess.Popen(
+            [sys.executable, str(WARM)], env=self.env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (Path(folder) / name for name in ("stdout", "stderr"))
+            request = [code, [str(word) for word in arguments], str(cwd or os.getcwd()), str(out), str(err)]
+            print(json.dumps(request), file=self.warm.stdin, flush=True)
+            status = int(self.warm.stdout.readline())
+            out, err = out.read_text(), err.read_text()
+        if status:
+            raise AssertionError(f"exit status {status}\n{out[-2000:]}\n{err[-6000:]}")
+        return out
 
 
 class _Handler(BaseHTTPRequestHandler):

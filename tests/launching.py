@@ -53,6 +53,13 @@ def launch(config_name, script, *args, timeout=900, env=None, cwd=None):
     return done.stdout
 
 
+def launch_jobs(config_name, jobs, fsdp=False):
+    """Run scripts of tests/launched, [(name, arguments)], in turn in one launch; returns what they print."""
+    listed = json.dumps([(script, [str(argument) for argument in arguments]) for script, arguments in jobs])
+    env = {"FSDP_ON_CPU": "1"} if fsdp else {}
+    return launch(config_name, REPOSITORY / "tests" / "launched" / "jobs.py", listed, env=env, timeout=1800)
+
+
 def results(printed):
     """{name: what it found} of the lines `RESULT name {...}` that a launched script printed."""
     lines = [line.split(" ", 2) for line in printed.splitlines() if line.startswith("RESULT ")]

@@ -5,14 +5,8 @@ Arguments: output folder, per-device batch, paths of base and reward model, then
 """
 
 import json
-import os
-import sys
-
-if os.environ.get("FSDP_ON_CPU"):
-    import fsdp_shim  # noqa: F401
 
 from datasets import Dataset
-from ending import end
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
@@ -102,8 +96,7 @@ def run(output, batch, model, reward, mode):
     return trainer
 
 
-if __name__ == "__main__":
-    output, *arguments, modes = sys.argv[1:]
+def main(output, batch, model, reward, modes):
     for mode in modes.split(","):
-        trainer = (resume if mode == "resume" else run)(f"{output}/{mode}", *arguments, mode)
-    end(trainer)
+        trainer = (resume if mode == "resume" else run)(f"{output}/{mode}", batch, model, reward, mode)
+    return trainer

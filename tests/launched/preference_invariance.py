@@ -1,24 +1,17 @@
 """Three steps of DPO, KTO and ORPO and an evaluation each; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, path of the base model, then names in RUNS, by commas. $KEPT is the folder
-of the reference's log-probs.
+Arguments: output folder, per-device batch, path of the base model, then names in RUNS, by commas, and the
+folder of the reference's log-probs.
 """
 
 import json
-import os
-import sys
-
-if os.environ.get("FSDP_ON_CPU"):
-    import fsdp_shim  # noqa: F401
 
 from datasets import Dataset
-from ending import end
 from peft import LoraConfig
 
 from lifecycle_hf import DPOTrainer, KTOTrainer, ORPOTrainer
 from lifecycle_hf.models.lm_head import CHUNK_LOGITS
 
-CHUNK_LOGITS["cpu"] = 384 * 3  # so that the ranks have different numbers of chunks
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 # trainer, adapters, gradient accumulation, whether the reference's log-probs are computed once
@@ -44,9 +37,9 @@ def rows(number, trainer):
     return [{"prompt": p, "chosen": t, "rejected": f"no {i}"} for i, (p, t) in enumerate(zip(prompts, texts))]
 
 
-def run(output, batch, model, name):
+def run(output, batch, model, kept, name):
     trainer_class, peft, accumulation, cached = RUNS[name]
-    keep = {"precompute_ref_log_probs": True, "ref_log_probs_path": os.environ["KEPT"]} if cached else {}
+    keep = {"precompute_ref_log_probs": True, "ref_log_probs_path": kept} if cached else {}
     args = trainer_class.config_class(
         output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch), max_steps=3,
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1,
@@ -70,8 +63,9 @@ def run(output, batch, model, name):
     return trainer
 
 
-if __name__ == "__main__":
-    output, *arguments, names = sys.argv[1:]
+def main(output, batch, model, names, kept):
+    usual, CHUNK_LOGITS["cpu"] = CHUNK_LOGITS["cpu"], 384 * 3  # so that the ranks have different numbers of chunks
     for name in names.split(","):
-        trainer = run(f"{output}/{name}", *arguments, name)
-    end(trainer)
+        trainer = run(f"{output}/{name}", batch, model, kept, name)
+    CHUNK_LOGITS["cpu"] = usual
+    return trainer

@@ -4,11 +4,9 @@ Arguments: output folder, batch, objectives by commas; "ewc" is the causal one w
 """
 
 import json
-import sys
 
 import torch
 from datasets import Dataset
-from ending import end
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, PretrainingConfig, PretrainingTrainer
 from lifecycle_hf.data.corpora import python_documentation, train_tokenizer
@@ -43,8 +41,7 @@ def run(output, batch, name):
     return trainer
 
 
-if __name__ == "__main__":
-    output, batch, names = sys.argv[1:]
+def main(output, batch, names):
     for name in names.split(","):
         trainer = run(f"{output}/{name}", batch, name)
-    end(trainer)
+    return trainer

@@ -4,14 +4,8 @@ Arguments: output folder, batch per process, levels by commas.
 """
 
 import json
-import os
-import sys
-
-if os.environ.get("FSDP_ON_CPU"):
-    import fsdp_shim  # noqa: F401
 
 import torch
-from ending import end
 from torch.distributed.tensor import DTensor
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, PretrainingConfig, PretrainingTrainer
@@ -62,8 +56,7 @@ def run(output, batch, level):
     return trainer
 
 
-if __name__ == "__main__":
-    output, batch, levels = sys.argv[1:]
+def main(output, batch, levels):
     for level in levels.split(","):
         trainer = run(f"{output}/{level}", batch, level)
-    end(trainer)
+    return trainer

@@ -5,15 +5,9 @@ loss under a ceiling), path of the base model.
 """
 
 import json
-import os
-import sys
 
 from datasets import Dataset
-from ending import end
 from peft import LoraConfig
-
-if os.environ.get("FSDP_ON_CPU"):
-    import fsdp_shim  # noqa: F401
 
 from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
@@ -55,8 +49,4 @@ def main(output, batch, stage, mode, model):
     if trainer.is_world_process_zero():
         launched = {"world_size": args.world_size, "engine": trainer.accelerator.distributed_type.value}
         print("RESULT run " + json.dumps({"steps": steps, "held_out": held_out} | launched))
-    end(trainer)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return trainer

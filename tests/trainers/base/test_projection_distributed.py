@@ -1,22 +1,12 @@
 """Two processes with half a capability batch each project as one with the whole, under DDP and FSDP2."""
 
-from pathlib import Path
-
 import pytest
-from launching import launch, needs_deepspeed, results
-
-SCRIPT = Path(__file__).parents[2] / "launched" / "projection_invariance.py"
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return results(launch("cpu", SCRIPT, tmp_path_factory.mktemp("one"), 8, "gradient,update"))
+from launching import launch_jobs, needs_deepspeed
 
 
 @pytest.mark.parametrize("engine", ["MULTI_CPU", "FSDP"])
-def test_two_processes_of_four_equal_one_of_eight(one, tmp_path, engine):
-    env = {"FSDP_ON_CPU": "1"} if engine == "FSDP" else {}
-    two = results(launch("cpu_ddp", SCRIPT, tmp_path, 4, "gradient,update", env=env))
+def test_two_processes_of_four_equal_one_of_eight(launched, engine):
+    one, two = launched("NO").found, launched(engine).found
     for level in ("gradient", "update"):
         a, b = one[level], two[level]
         assert (a["world_size"], a["engine"], b["world_size"], b["engine"]) == (1, "NO", 2, engine)
@@ -30,4 +20,4 @@ def test_two_processes_of_four_equal_one_of_eight(one, tmp_path, engine):
 @needs_deepspeed
 def test_deepspeed_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="ProjectionCallback does not run on DeepSpeed: use DDP or FSDP2"):
-        launch("cpu_zero2", SCRIPT, tmp_path, 4, "update")
+        launch_jobs("cpu_zero2", [("projection_invariance", [tmp_path, 4, "update"])])

@@ -1,68 +1,35 @@
 """Test that two processes on CPU give the result of one: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
-from pathlib import Path
-
 import pytest
-import torch
-from launching import launch, needs_deepspeed, results
+from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-SCRIPT = Path(__file__).parents[2] / "launched" / "ppo_invariance.py"
-
-
-@pytest.fixture(scope="module")
-def models(tiny_llama, tmp_path_factory):
-    make_model, tokenizer = tiny_llama
-    base, reward = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("reward")
-    make_model().save_pretrained(base), tokenizer.save_pretrained(base)
-    config = make_model().config
-    config.num_labels, config.reward_center = 1, 0.25
-    torch.manual_seed(1)
-    LlamaForSequenceClassification(config).save_pretrained(reward), tokenizer.save_pretrained(reward)
-    return base, reward
-
-
-def run(config, engine, output, batch, models, modes):
-    env = {"FSDP_ON_CPU": "1"} if engine == "FSDP" else {}
-    return results(launch(config, SCRIPT, output, batch, *models, ",".join(modes), env=env))
-
-
-@pytest.fixture(scope="module")
-def single(models, tmp_path_factory):
-    return run("cpu", "NO", tmp_path_factory.mktemp("single"), 8, models, ("full", "lora", "head"))
-
-
-ALL = ("full", "lora", "head", "resume")
 SLOW = pytest.mark.slow
+ENGINES = [
+    "MULTI_CPU", "FSDP", pytest.param("ZERO2", marks=needs_deepspeed), pytest.param("ZERO3", marks=needs_deepspeed),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "engine", "modes"),
-    [
-        ("cpu_ddp", "MULTI_CPU", ("full", "lora", "resume")),
-        ("cpu_ddp", "FSDP", ("lora", "head")),
-        pytest.param("cpu_zero2", "DEEPSPEED", ("lora",), marks=needs_deepspeed),
-        pytest.param("cpu_zero3", "DEEPSPEED", ("full", "lora"), marks=needs_deepspeed),
-        pytest.param("cpu_ddp", "MULTI_CPU", ALL, marks=SLOW),
-        pytest.param("cpu_ddp", "FSDP", ALL, marks=SLOW),
-        pytest.param("cpu_zero2", "DEEPSPEED", ALL, marks=[needs_deepspeed, SLOW]),
-        pytest.param("cpu_zero3", "DEEPSPEED", ALL, marks=[needs_deepspeed, SLOW]),
-    ],
-)
-def test_two_processes_of_four_equal_one_of_eight(config, engine, modes, models, single, tmp_path):
-    results = run(config, engine, tmp_path, 4, models, modes)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=SLOW)])
+def test_two_processes_of_four_equal_one_of_eight(engine, slow, launched):
+    single, double = launched("NO").found, launched(engine, slow)
+    engine = "DEEPSPEED" if engine.startswith("ZERO") else engine
+    modes = [mode for mode in ("full", "lora", "head", "resume") if mode in double.found]
+    assert len(modes) == 4 if slow else modes
     if "resume" in modes:
-        check_resumed(results.pop("resume"), engine)
-    for mode in results:
-        one, two = single[mode], results[mode]
+        check_resumed(double.found["resume"], engine)
+        modes.remove("resume")
+    for mode in modes:
+        one, two = single[mode], double.found[mode]
         assert (one["world_size"], one["engine"], two["world_size"], two["engine"]) == (1, "NO", 2, engine)
         names = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
         looks = ("completions/distinct", "completions/distinct_first_half", "completions/most_common")
         for name in (*names, *looks, "reward/length_correlation"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (mode, name)
         assert [len(lengths) for lengths in two["sampled"]] == [4] and min(two["sampled"][0]) >= 1
-        check_saved(mode, tmp_path / mode, models[0])
+        check_saved(mode, double.folder / "ppo" / mode, double.models / "base")
 
 
 def check_resumed(found, engine):

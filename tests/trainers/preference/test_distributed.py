@@ -1,55 +1,31 @@
 """DPO, KTO and ORPO in two processes on CPU give what one gives: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from launching import launch, needs_deepspeed, results
+from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-SCRIPT = Path(__file__).parents[2] / "launched" / "preference_invariance.py"
 NAMES = ("dpo", "dpo_cached", "dpo_lora", "kto", "orpo")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama, tmp_path_factory):
-    make_model, tokenizer = tiny_llama
-    path = tmp_path_factory.mktemp("base")
-    # The head has so many weights that ZeRO-3 shards it.
-    make_model(hidden_size=288).save_pretrained(path), tokenizer.save_pretrained(path)
-    return path
-
-
-def run(config, output, batch, base, kept, names=NAMES, engine="NO"):
-    env = {"KEPT": str(kept)} | ({"FSDP_ON_CPU": "1"} if engine == "FSDP" else {})
-    return results(launch(config, SCRIPT, output, batch, base, ",".join(names), env=env))
-
-
-@pytest.fixture(scope="module")
-def single(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return folder, run("cpu", folder, 4, base, folder / "kept")
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("config", "engine", "names"),
+    ("engine", "names", "slow"),
     [
-        ("cpu_ddp", "MULTI_CPU", NAMES),
-        pytest.param("cpu_ddp", "FSDP", NAMES, marks=pytest.mark.slow),
-        pytest.param("cpu_zero2", "DEEPSPEED", ("dpo", "kto"), marks=needs_deepspeed),
-        pytest.param("cpu_zero2", "DEEPSPEED", NAMES, marks=[needs_deepspeed, pytest.mark.slow]),
-        pytest.param("cpu_zero3", "DEEPSPEED", NAMES, marks=[needs_deepspeed, pytest.mark.slow]),
+        ("MULTI_CPU", NAMES, False),
+        pytest.param("FSDP", NAMES, True, marks=SLOW),
+        pytest.param("ZERO2", ("dpo", "kto"), False, marks=needs_deepspeed),
+        pytest.param("ZERO2", NAMES, True, marks=[needs_deepspeed, SLOW]),
+        pytest.param("ZERO3", NAMES, True, marks=[needs_deepspeed, SLOW]),
     ],
 )
-def test_two_processes_of_two_equal_one_of_four(config, engine, names, base, single, tmp_path):
+def test_two_processes_of_two_equal_one_of_four(engine, names, slow, launched):
     """5 held-out rows in batches of 2 × 2: the rows that fill up the last batch must not count."""
-    folder, expected = single
-    # Under ZeRO-3 one process computes the log-probs of the reference before; else the two compute them.
-    found = run(config, tmp_path, 2, base, (folder if config == "cpu_zero3" else tmp_path) / "kept", names, engine)
-    assert tuple(found) == names and tuple(expected) == NAMES
+    single, double = launched("NO"), launched(engine, slow)
+    engine = "DEEPSPEED" if engine.startswith("ZERO") else engine
     for name in names:
-        one, two = expected[name], found[name]
+        one, two = single.found[name], double.found[name]
         assert (one["world_size"], one["engine"], two["world_size"], two["engine"]) == (1, "NO", 2, engine)
         assert len(one["steps"]) == 3 and {"loss", "grad_norm", "rewards/margins", "entropy"} <= one["steps"][0].keys()
         for step, (first, second) in enumerate(zip(one["steps"], two["steps"], strict=True)):
@@ -58,7 +34,7 @@ def test_two_processes_of_two_equal_one_of_four(config, engine, names, base, sin
         kl = "kl" in one["held_out"]
         assert kl == (name == "kto")
         assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-4, abs=1e-6), name
-        check_saved(name, tmp_path / name, folder / name)
+        check_saved(name, *(run.folder / "preference" / name for run in (double, single)))
 
 
 def check_saved(name, got, expected):

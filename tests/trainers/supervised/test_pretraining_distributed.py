@@ -1,25 +1,23 @@
 """Pretraining and the Fisher: two processes with four rows each give what one process with eight gives."""
 
-from pathlib import Path
-
 import pytest
-from launching import launch, needs_deepspeed, results
+from launching import needs_deepspeed
 
-SCRIPT = Path(__file__).parents[2] / "launched" / "pretraining_invariance.py"
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("config", "engine", "names"),
+    ("engine", "names", "slow"),
     [
-        ("cpu_ddp", "MULTI_CPU", "causal,ul2,ewc"),
-        pytest.param("cpu_zero2", "DEEPSPEED", "causal,ul2,ewc", marks=[pytest.mark.slow, needs_deepspeed]),
-        pytest.param("cpu_zero3", "DEEPSPEED", "causal,ul2", marks=[pytest.mark.slow, needs_deepspeed]),
+        ("MULTI_CPU", ("causal", "ul2", "ewc"), False),
+        pytest.param("ZERO2", ("causal", "ul2", "ewc"), True, marks=[SLOW, needs_deepspeed]),
+        pytest.param("ZERO3", ("causal", "ul2"), True, marks=[SLOW, needs_deepspeed]),
     ],
 )
-def test_two_processes_of_four_equal_one_of_eight(tmp_path, config, engine, names):
-    one = results(launch("cpu", SCRIPT, tmp_path / "one", 8, names))
-    two = results(launch(config, SCRIPT, tmp_path / "two", 4, names))
-    for name in names.split(","):
+def test_two_processes_of_four_equal_one_of_eight(launched, engine, names, slow):
+    one, two = launched("NO").found, launched(engine, slow).found
+    engine = "DEEPSPEED" if engine.startswith("ZERO") else engine
+    for name in names:
         a, b = one[name], two[name]
         assert (a["world_size"], a["engine"], b["world_size"], b["engine"]) == (1, "NO", 2, engine)
         assert len(a["lines"]) == 3 and a["lines"][2]["loss"] < a["lines"][0]["loss"]

@@ -1,14 +1,10 @@
 """SFT and reward training in two processes on CPU give what one gives, held-out metrics included."""
 
-from pathlib import Path
-
 import pytest
-from launching import launch, needs_deepspeed, results
+from launching import launch_jobs, needs_deepspeed, results
 from transformers import AutoModelForCausalLM
 
 from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
-
-SCRIPT = Path(__file__).parents[2] / "launched" / "stage_invariance.py"
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +15,8 @@ def base(tiny_llama, tmp_path_factory):
     return path
 
 
-def run(config, output, batch, *arguments, env=None):
-    return results(launch(config, SCRIPT, output, batch, *arguments, env=env or {}))["run"]
+def run(config, output, batch, *arguments, fsdp=False):
+    return results(launch_jobs(config, [("stage_invariance", [output, batch, *arguments])], fsdp))["run"]
 
 
 @pytest.mark.slow
@@ -52,13 +48,13 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "env"),
-    [("cpu_ddp", {}), ("cpu_ddp", {"FSDP_ON_CPU": "1"}), pytest.param("cpu_zero2", {}, marks=needs_deepspeed)],
+    ("config", "fsdp"),
+    [("cpu_ddp", False), ("cpu_ddp", True), pytest.param("cpu_zero2", False, marks=needs_deepspeed)],
 )
-def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config, env):
+def test_a_constrained_run_has_one_multiplier_over_all_processes(base, tmp_path, config, fsdp):
     one = run("cpu", tmp_path / "one", 8, "sft", "constrained", base)
-    two = run(config, tmp_path / "two", 4, "sft", "constrained", base, env=env)
-    assert (one["world_size"], two["world_size"]) == (1, 2) and (two["engine"] == "FSDP") == bool(env)
+    two = run(config, tmp_path / "two", 4, "sft", "constrained", base, fsdp=fsdp)
+    assert (one["world_size"], two["world_size"]) == (1, 2) and (two["engine"] == "FSDP") == fsdp
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
     losses = [step["loss/capability"] for step in one["steps"]]
