@@ -111,7 +111,7 @@ class CallableReward:
                 return {"error": error}
 
         for left in reversed(range(self.retries + 1)):
-            call = asyncio.ensure_future(run())
+            call = asyncio.create_task(run(), name=self.name)
             done, _ = await asyncio.wait({call}, timeout=self.timeout)
             call.cancel()
             try:
@@ -209,8 +209,9 @@ def score_together(rewards: list[CallableReward], samples: Samples) -> list[list
     try:
         return scores.result(None if None in limits else max(limits, default=0))
     except TimeoutError:
+        blocking = asyncio.current_task(event_loop())
         event_loop.cache_clear()  # the blocked thread is left
-        names = " or ".join(repr(reward.name) for reward in rewards)
+        names = repr(blocking.get_name()) if blocking else " or ".join(repr(reward.name) for reward in rewards)
         why = f"took longer than {rewards[0].timeout} s (reward_timeout) and blocks its event loop: `await` in it"
         return [ValueError(f"The reward function {names} {why}.") for _ in rewards]
 

@@ -120,6 +120,9 @@ def test_a_call_that_blocks_the_loop_does_not_hang_the_run():
     with pytest.raises(ValueError, match=r"'blocking' took longer than 0.1 s.*blocks its event loop: `await` in it"):
         CallableReward(blocking, 0.1)(SAMPLES)
     assert time.monotonic() - start < 10 and CallableReward(fine)(SAMPLES) == [1.0, 1.0]
+    await_free, blocked = score_together([CallableReward(fine, 0.1), CallableReward(blocking, 0.1)], SAMPLES)
+    for error in (await_free, blocked):
+        assert "'blocking' took longer" in str(error) and "'fine'" not in str(error)
     release.set()
 
 

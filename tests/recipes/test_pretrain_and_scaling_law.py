@@ -79,6 +79,8 @@ def test_scaling_law_trains_what_is_missing(book, tmp_path, monkeypatch):
     options = ["--dataset_name", book, *LADDER]
     with pytest.raises(ValueError, match="ladder_budgets: 3 runs are planned, the law needs 8"):
         run("scaling_law", out, *options, "--ladder_budgets", 3e10)
+    with pytest.raises(ValueError, match="max_steps=2 has no effect, because the ladder sets the steps"):
+        run("scaling_law", out, *options, "--max_steps", 2)
     assert trained == []
     budgets = (3e10, 1e11, 2e11)
     options += ["--ladder_budgets", *budgets, "--budget", 1e13]

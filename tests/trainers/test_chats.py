@@ -56,6 +56,16 @@ def test_template_options_of_the_config(tiny_llama, tmp_path):
     assert ids == rendered(qwen, [*PROMPT, ANSWER])[: len(ids)]
 
 
+@pytest.mark.parametrize(("make", "data"), [(sft, CHATS), (reward, PAIRS), (dpo, PAIRS), (kto, ANSWERS)])
+def test_template_options_that_some_rows_lack(make, data, tiny_llama, tmp_path):
+    qwen = templated(tiny_llama[1], "qwen3")
+    rows = [row | {"chat_template_kwargs": None if i else {"enable_thinking": False}} for i, row in enumerate(data)]
+    ids = [whole(row) for row in make((tiny_llama[0], qwen), tmp_path, Dataset.from_list(rows)).train_dataset]
+    assert len(ids) == len(rows) > 1
+    full = whole(make((tiny_llama[0], qwen), tmp_path, data.remove_columns("chat_template_kwargs")).train_dataset[1])
+    assert ids[1] == full
+
+
 REFUSED = {"prompt": [SYSTEM, HI], "chosen": [ANSWER], "rejected": [WRONG], "completion": [ANSWER], "label": True}
 
 

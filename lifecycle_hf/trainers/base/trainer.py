@@ -36,12 +36,23 @@ class LifecycleTrainerMixin(MetricsMixin, CheckpointMixin, AuxiliaryLossMixin):
         card_objective, card_paper: the objective and its paper (title, arXiv id), for the model card.
         card_options: options that the card shows beside the common ones.
         dataset_name: the data's name on the card.
+        idle_arguments: arguments of `transformers.Trainer` that would have no effect and are refused.
     """
 
     card_objective: str
     card_paper: tuple[str, str]
     card_options: tuple[str, ...] = ()
     dataset_name: str | None = None
+    idle_arguments: tuple[str, ...] = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+
+    def __init__(self, *args, **kwargs):
+        for name in self.idle_arguments:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} would have no effect, because logits never leave the trainer: take "
+                    "a TaxMonitor for metrics, add_auxiliary_loss for a loss, or override compute_loss."
+                )
+        super().__init__(*args, **kwargs)
 
     def prepared(self, dataset, where: str):
         """Return a dataset that was given to `evaluate` or `predict` as rows that the collator takes."""

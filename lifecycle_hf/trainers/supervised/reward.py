@@ -63,6 +63,7 @@ class RewardTrainer(StageTrainerMixin, trl.RewardTrainer):
     card_objective = "Bradley–Terry: minimise $-\\log\\sigma(r(x, y_w) - r(x, y_l) - m)$ over preference pairs."
     card_paper = ("Training language models to follow instructions with human feedback", "2203.02155")
     measured = {"accuracy": True, "loss": False, "ece": False}
+    idle_arguments = ()
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class SFTTrainer(StageTrainerMixin, trl.SFTTrainer):
     card_objective = "Supervised fine-tuning: minimise $-\\log p(y_t \\mid x, y_{<t})$, mean over the tokens learnt."
     card_paper = ("Training language models to follow instructions with human feedback", "2203.02155")
     measured = {"loss": False, "perplexity": False}
+    idle_arguments = ()
 
     def __init__(
         self,
@@ -201,6 +202,8 @@ def _checked(dataset, tokenizer, args: SFTConfig, where: str):
         kept = usable_rows(rows[PROBLEM], where=where, strict=args.strict_data)
         dataset = dataset.select(kept).add_column(ROW, kept)
         first = dataset[0]
+    if "chat_template_kwargs" in columns:  # TRL takes no None
+        dataset = dataset.map(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
     if args.assistant_only_loss:
         first = maybe_convert_to_chatml({name: first[name] for name in read})
         conversation = first["prompt"] + first["completion"] if "prompt" in first else first.get("messages")

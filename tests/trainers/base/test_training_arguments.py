@@ -141,6 +141,19 @@ def test_the_second_options_train(name, tiny_llama, tmp_path):
     assert all(map(math.isfinite, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
 
 
+@pytest.mark.parametrize("argument", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_arguments_of_transformers_trainer_are_used_or_refused(name, argument, tiny_llama, tmp_path):
+    if name in ("sft", "reward") and argument != "compute_loss_func":
+        given = {"compute_metrics": lambda found: {"rows": len(found.predictions)}}
+        given |= {argument: given.get(argument, lambda logits, labels: logits[..., :1])}
+        trainer = run(name, {"bf16": False}, tiny_llama, tmp_path, **given)
+        assert trainer.evaluate()["eval_rows"] == 3
+    elif name != "sft":
+        with pytest.raises((ValueError, TypeError), match=f"{argument} would have no effect|unexpected.*{argument}"):
+            run(name, {}, tiny_llama, tmp_path, **{argument: len})
+
+
 LENGTHS = {
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "kto": ("prompt_ids", "completion_ids"),
