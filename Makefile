@@ -12,7 +12,7 @@ ppo: $(READY)
 	$(BIN)/python recipes/ppo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake notebooks tests -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests -m "not slow and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake notebooks tests

@@ -1,4 +1,6 @@
 import os
+import runpy
+import sys
 
 # Set before any import of torch, transformers or datasets, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +50,31 @@ def pytest_collection_modifyitems(items):
 def seeds():
     """Every test starts from the same random state."""
     set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """One folder for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+@pytest.fixture
+def quick_stages(shared_folder, monkeypatch):
+    """The toy world's SFT and reward model after a few steps, in a cache of their own, for whom any model will do."""
+    from lifecycle_hf.toyworld import stages
+
+    def few_steps(stage, folder):
+        recipe, steps = REPOSITORY / "recipes" / f"{stage}.py", {"sft": "60", "reward": "20"}[stage]
+        options = ("--output_dir", str(folder), "--use_cpu", "true", "--eval_on_start", "false", "--max_steps", steps)
+        monkeypatch.setattr(sys, "argv", [str(recipe), *options])
+        runpy.run_path(str(recipe), run_name="__main__")
+
+    monkeypatch.setenv("LIFECYCLE_HF_CACHE", str(shared_folder / "quick_stages"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_build_init", stages.write_init)
+        patch.setattr(stages, "_run_recipe", few_steps)
+        stages.stage_checkpoint("reward")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def fetch(folder, barrier, results):
 
 
 def test_two_processes_build_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
     folder = tmp_path / "stage"
     workers = [context.Process(target=fetch, args=(folder, barrier, results)) for _ in range(2)]
@@ -49,7 +49,8 @@ def build_as_rank(rank, folder, store):
 
 
 def test_whichever_rank_builds_a_stage_builds_it_whole(tmp_path):
-    torch.multiprocessing.spawn(build_as_rank, (tmp_path / "cache", tmp_path / "store"), nprocs=2)
+    arguments = (tmp_path / "cache", tmp_path / "store")
+    torch.multiprocessing.start_processes(build_as_rank, arguments, nprocs=2, start_method="fork")
     (path,) = (tmp_path / "cache" / "toyworld").glob("*/init")
     assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == len(AutoTokenizer.from_pretrained(path))
 
@@ -81,6 +82,14 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LIFECYCLE_HF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def init(cache, monkeypatch):
+    """The first stage, made in this process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_build_init", stages.write_init)
+        return stage_checkpoint("init")
 
 
 def test_init_is_an_ordinary_checkpoint(cache, capsys):
@@ -133,8 +142,7 @@ def test_stages_build_upon_each_other_alone_and_on_the_cpu(cache, monkeypatch, c
     assert stage_checkpoint("reward") == folder and len(calls) == 3
 
 
-def test_a_failing_recipe_shows_the_end_of_its_output(cache, monkeypatch):
-    stage_checkpoint("init")
+def test_a_failing_recipe_shows_the_end_of_its_output(init, cache, monkeypatch):
     recipe(monkeypatch, 3, "\n".join(f"line {i}" for i in range(100)) + "\nValueError: the mend")
     with pytest.raises(RuntimeError, match="stage sft failed with exit status 3") as error:
         stage_checkpoint("sft")
@@ -157,10 +165,9 @@ def test_key_changes_with_what_defines_the_stage(monkeypatch, tmp_path):
     assert stages._key("init") != before["init"]
 
 
-def test_what_is_missing_is_named(cache, monkeypatch, tmp_path):
+def test_what_is_missing_is_named(init, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of stage 'dpo'; choose one of init, sft, reward"):
         stage_checkpoint("dpo")
-    stage_checkpoint("init")
     sources = stages._sources
     gone = {"init": [], "sft": [tmp_path / "recipes" / "sft.py"]}
     monkeypatch.setattr(stages, "_sources", lambda stage: sources(stage) + gone[stage])

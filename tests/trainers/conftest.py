@@ -2,7 +2,6 @@
 of pytest comes first."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +42,6 @@ class Launched:
     folder: Path
     models: Path
     found: dict
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """One folder for all of pytest's workers."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.fixture(scope="session")
