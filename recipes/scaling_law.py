@@ -69,11 +69,6 @@ def train(run, args, tokenizer, data):
 
 
 def main(script_args, args):
-    if args.max_steps > 0:
-        raise ValueError(
-            f"max_steps={args.max_steps} has no effect, because the ladder sets the steps of each run: set "
-            "ladder_budgets, or leave max_steps out."
-        )
     splits = cli.load_splits(script_args, "pretrain")
     text, name, folder = args.dataset_text_field, script_args.tokenizer_name, Path(args.output_dir)
     tokenizer = load_tokenizer(name) if name else train_tokenizer(splits[0][text], script_args.vocab_size)

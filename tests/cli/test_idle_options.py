@@ -55,10 +55,11 @@ def test_steps_on_the_command_line_set_the_strategy_of_an_embedded_configuration
     assert (saves.eval_strategy, saves.eval_steps, saves.logging_steps) == ("steps", 20, 5)
     best = run("--save_steps", 40, "--eval_steps", 20, "--load_best_model_at_end", "--metric_for_best_model", "kl")
     assert best.load_best_model_at_end and best.metric_for_best_model == "kl"
-    longer = run("--num_train_epochs", 7)
-    assert (longer.num_train_epochs, longer.max_steps) == (7, -1)
-    constant = run("--lr_scheduler_type", "constant", "--max_steps", 3)
-    assert constant.warmup_steps in (0, 0.02) and constant.max_steps == 3
+    if name != "scaling_law":  # the ladder sets the steps of each run
+        longer = run("--num_train_epochs", 7)
+        assert (longer.num_train_epochs, longer.max_steps) == (7, -1)
+        assert run("--max_steps", 3).max_steps == 3
+    assert run("--lr_scheduler_type", "constant").warmup_steps in (0, 0.02)
     for word in ("--gradient_checkpointing", "--activation_checkpointing"):
         assert run(word, "true").activation_checkpointing and not run(word, "false").activation_checkpointing
 

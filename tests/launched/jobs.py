@@ -3,6 +3,7 @@
 Argument: a JSON list of [script, [arguments]]; the scripts are modules beside this file with a function `main`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -13,7 +14,19 @@ if os.environ.get("FSDP_ON_CPU"):
 
 from ending import end
 
+
+def without_compiling():
+    """Let DeepSpeed do without its collectives in shared memory, which it would compile for more than a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        without_compiling()
     for script, arguments in json.loads(sys.argv[1]):
-        trainer = import_module(script).main(*arguments)
+        main = import_module(script).main
+        gc.freeze()  # as tests/conftest.py
+        trainer = main(*arguments)
     end(trainer)

@@ -305,9 +305,12 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_importing_the_package_is_enough_in_any_order(order, tmp_path):
+def test_importing_the_package_is_enough_in_any_order_and_brings_no_hook_and_no_trainer(order, tmp_path):
     tiny().save_pretrained(tmp_path)
     code = f"""{order}
+import sys
+assert not any(type(finder).__module__.startswith("lifecycle_hf") for finder in sys.meta_path)
+assert not {{"lifecycle_hf.trainers", "trl"}} & sys.modules.keys()
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 assert type(model).__module__.startswith("lifecycle_hf."), type(model)
 print(peft.get_peft_model(model, peft.LoraConfig()).targeted_module_names[0])"""

@@ -92,7 +92,8 @@ def init(cache, monkeypatch):
         return stage_checkpoint("init")
 
 
-def test_init_is_an_ordinary_checkpoint(cache, capsys):
+def test_init_is_an_ordinary_checkpoint(cache, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "_build_init", stages.write_init)
     folder = stage_checkpoint("init")
     assert folder.name == "init" and folder.parent.parent == cache / "toyworld"
     assert f"toyworld: building stage init (a second, cached in {folder})" in capsys.readouterr().out

@@ -128,6 +128,10 @@ RECIPE_RULES = (
         ("do_train", "do_eval", "do_predict"), "eval_strategy", lambda args: True,
         "a recipe always trains, and eval_strategy says when it evaluates",
     ),
+    Rule(
+        ("max_steps", "num_train_epochs"), "ladder_budgets", lambda args: True,
+        "choose the budgets, which set the steps of each run",
+    ),
     Rule(LORA, "use_peft", _unless("use_peft", True), "set use_peft"),
     Rule(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), "load_in_4bit",

@@ -49,8 +49,8 @@ class LifecycleTrainerMixin(MetricsMixin, CheckpointMixin, AuxiliaryLossMixin):
         for name in self.idle_arguments:
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{type(self).__name__}: {name} would have no effect, because logits never leave the trainer: take "
-                    "a TaxMonitor for metrics, add_auxiliary_loss for a loss, or override compute_loss."
+                    f"{type(self).__name__}: {name} would have no effect, because logits never leave the trainer. "
+                    "Use a TaxMonitor for metrics, add_auxiliary_loss for a loss, or override compute_loss."
                 )
         super().__init__(*args, **kwargs)
 
