@@ -81,7 +81,7 @@ def stage_checkpoint(stage: str) -> Path:
         stage_checkpoint(_PREVIOUS[stage])
     folder = cache_root() / "toyworld" / _key(stage) / stage
     build = _build_init if stage == "init" else lambda made: _run_recipe(stage, made)
-    duration = "a second" if stage == "init" else "one to two minutes"
+    duration = "a second" if stage == "init" else "a few minutes"
     return build_once(folder, build, message=f"toyworld: building stage {stage} ({duration}, cached in {folder})")
 
 
