@@ -12,9 +12,8 @@ import os
 import runpy
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +94,8 @@ def measure(folder, rows: int) -> dict:
     return toyworld.measure(model, tokenizer, n=rows) | {"facts": facts}
 
 
-def make(run: Run, rows: int) -> tuple[Run, float]:
-    """Train and measure the run unless that is done; returns it with the seconds that its training took."""
+def make(run: Run, rows: int) -> float:
+    """Train and measure the run unless that is done; returns the seconds that its training took."""
     os.chdir(ROOT)
     prepare()
     if run.alpha < 1 and not complete(run, "model.safetensors"):
@@ -113,7 +112,7 @@ def make(run: Run, rows: int) -> tuple[Run, float]:
     if not complete(run, "measured.json"):
         text = {name: value.columns.tolist() for name, value in measure(run.folder, rows).items()}
         (run.folder / "measured.json").write_text(json.dumps(text))
-    return run, seconds
+    return seconds
 
 
 def values_of(run: Run) -> dict:
@@ -129,24 +128,29 @@ def read(path: Path) -> dict:
     return {name: Measurement(items, statistics.get(name, first_column)) for name, items in columns.items()}
 
 
+def _attempt(rows: int, run: Run) -> tuple[Run, float | Exception]:
+    """`make`, with the error instead of the seconds if it fails."""
+    try:
+        return run, make(run, rows)
+    except Exception as error:
+        return run, error
+
+
 def make_all(runs: list[Run], rows: int, workers: int) -> None:
     """Make all runs in `workers` processes, and say what each ended at."""
     world()  # built once, before the processes need it
-    context = multiprocessing.get_context("spawn")
     wanted = [run for run in runs if not complete(run, "measured.json")]
-    failed = []
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=12) as pool:
-        for done in as_completed({pool.submit(make, run, rows): run for run in wanted}):
-            try:
-                run, seconds = done.result()
-            except Exception as error:
-                failed.append(error)
-                print(f"failed: {error}", flush=True)
+    failed = 0
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=12) as pool:
+        for run, result in pool.imap_unordered(partial(_attempt, rows), wanted):
+            if isinstance(result, Exception):
+                failed += 1
+                print(f"failed: {run.folder}: {result}", flush=True)
                 continue
             found = ", ".join(f"{name} {float(value):.3f}" for name, value in values_of(run).items())
-            print(f"{'/'.join(run.folder.parts[-4:])} in {seconds:.0f} s: {found}", flush=True)
+            print(f"{'/'.join(run.folder.parts[-4:])} in {result:.0f} s: {found}", flush=True)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed; run the benchmark again to make these alone.")
+        raise RuntimeError(f"{failed} of {len(wanted)} runs failed; run the benchmark again to make these alone.")
 
 
 def base_values(rows: int, folder: Path) -> dict:
