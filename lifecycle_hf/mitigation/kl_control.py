@@ -54,44 +54,37 @@ class ZieglerKL(FixedKL):
 
 
 class AdaptiveKL(ZieglerKL):
-    """Steer the KL to a target by the logarithm of β: log β ← log β + 0.3·(e − e₋) + rate·min(n/horizon, 1)·e.
+    """Steer the KL to a target by the logarithm of β: log β ← log β + (e − e₋) + rate·min(n/horizon, 1)·e.
 
-    e = log(K/target), within [−1, 1], is the error of the smoothed KL K, a running geometric mean with weight 1/2 for
-    each new KL, and e₋ the error before. `rate` is 0.3 where e > 0 and 0.1 where e < 0. The first term makes β rise
-    while the KL climbs, before it is above the target. The lower rate keeps β from falling far while the KL is small.
+    e = log(KL/target), within [−1, 1], is the error and e₋ the error before. `rate` is 0.3 where e > 0 and 0.03 where
+    e < 0. By the first term β is proportional to the KL near the target: it rises while the KL climbs, before it is
+    above the target. The lower rate keeps β from falling far while the KL is small.
 
     Args:
         kl_coef, target, horizon: as of [`ZieglerKL`]; `horizon` sequences move log β by `rate` where e is 1.
         minimum: smallest β.
     """
 
-    GAIN, UP, DOWN, SMOOTHING = 0.3, 0.3, 0.1, 0.5
+    UP, DOWN = 0.3, 0.03
 
     def __init__(self, kl_coef: float, *, target: float, horizon: int, minimum: float = 0.0):
         super().__init__(kl_coef, target=target, horizon=horizon)
         if not 0 <= minimum <= kl_coef:
             raise ValueError(f"{minimum=} must lie between 0 and kl_coef={kl_coef}.")
-        self.minimum, self.smoothed = minimum, None
+        self.minimum, self.error = minimum, None
 
     def update(self, kl: float, n: int) -> None:
-        found = math.log(max(kl / self.target, 1e-3))
-        before = self.smoothed
-        self.smoothed = found if before is None else self.SMOOTHING * before + (1 - self.SMOOTHING) * found
-        error = _clip(self.smoothed)
-        change = 0.0 if before is None else error - _clip(before)
-        step = self.GAIN * change + (self.UP if error > 0 else self.DOWN) * error * min(n / self.horizon, 1)
-        self.kl_coef = max(self.kl_coef * math.exp(step), self.minimum)
+        error = min(max(math.log(max(kl / self.target, 1e-3)), -1.0), 1.0)
+        change = 0.0 if self.error is None else error - self.error
+        step = change + (self.UP if error > 0 else self.DOWN) * error * min(n / self.horizon, 1)
+        self.kl_coef, self.error = max(self.kl_coef * math.exp(step), self.minimum), error
 
     def state_dict(self) -> dict[str, float | None]:
-        return super().state_dict() | {"smoothed": self.smoothed}
+        return super().state_dict() | {"error": self.error}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         super().load_state_dict(state)
-        self.smoothed = state.get("smoothed")
-
-
-def _clip(error: float) -> float:
-    return min(max(error, -1.0), 1.0)
+        self.error = state.get("error")
 
 
 class ExponentialKL(FixedKL):
