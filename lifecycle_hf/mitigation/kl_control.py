@@ -56,27 +56,29 @@ class ZieglerKL(FixedKL):
 class AdaptiveKL(ZieglerKL):
     """Steer the KL to a target by the logarithm of β: log β ← log β + (e − e₋) + rate·min(n/horizon, 1)·e.
 
-    e = log(KL/target), within [−1, 1], is the error and e₋ the error before. `rate` is 0.3 where e > 0 and 0.03 where
-    e < 0. By the first term β is proportional to the KL near the target: it rises while the KL climbs, before it is
-    above the target. The lower rate keeps β from falling far while the KL is small.
+    e = log(KL/target), within [−1, 1], is the error and e₋ the error before. By the first term β is proportional to
+    the KL near the target: it rises while the KL climbs, before it is above the target. `rate` is 0.2, but 0.03 where
+    e < 0 and β is not above `kl_coef`: so β hardly falls below its start while the KL is small, and a leap of the KL
+    does not leave a large β behind.
 
     Args:
         kl_coef, target, horizon: as of [`ZieglerKL`]; `horizon` sequences move log β by `rate` where e is 1.
         minimum: smallest β.
     """
 
-    UP, DOWN = 0.3, 0.03
+    RATE, BELOW_START = 0.2, 0.03
 
     def __init__(self, kl_coef: float, *, target: float, horizon: int, minimum: float = 0.0):
         super().__init__(kl_coef, target=target, horizon=horizon)
         if not 0 <= minimum <= kl_coef:
             raise ValueError(f"{minimum=} must lie between 0 and kl_coef={kl_coef}.")
-        self.minimum, self.error = minimum, None
+        self.start, self.minimum, self.error = kl_coef, minimum, None
 
     def update(self, kl: float, n: int) -> None:
         error = min(max(math.log(max(kl / self.target, 1e-3)), -1.0), 1.0)
         change = 0.0 if self.error is None else error - self.error
-        step = change + (self.UP if error > 0 else self.DOWN) * error * min(n / self.horizon, 1)
+        rate = self.RATE if error > 0 or self.kl_coef > self.start else self.BELOW_START
+        step = change + rate * error * min(n / self.horizon, 1)
         self.kl_coef, self.error = max(self.kl_coef * math.exp(step), self.minimum), error
 
     def state_dict(self) -> dict[str, float | None]:

@@ -34,13 +34,16 @@ def test_adaptive_by_hand():
     log += 0.03 * -0.5 / 2
     assert math.log(control.kl_coef) == pytest.approx(log)
     control.update(6 * math.e**0.25, 64)
-    log += 0.75 + 0.3 * 0.25 / 2
+    log += 0.75 + 0.2 * 0.25 / 2
     assert math.log(control.kl_coef) == pytest.approx(log)
     control.update(6 * math.e**9, 640)  # clipped to 1; the update counts as one horizon
-    log += 0.75 + 0.3 * 1
+    log += 0.75 + 0.2 * 1
     assert math.log(control.kl_coef) == pytest.approx(log)
-    control.update(0.0, 64)  # clipped to −1
-    log += -2 + 0.03 * -1 / 2
+    control.update(0.0, 64)  # clipped to −1; β was above its start
+    log += -2 + 0.2 * -1 / 2
+    assert math.log(control.kl_coef) == pytest.approx(log) and control.kl_coef < 0.4
+    control.update(0.0, 64)
+    log += 0.03 * -1 / 2
     assert math.log(control.kl_coef) == pytest.approx(log)
 
 
