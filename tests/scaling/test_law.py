@@ -268,6 +268,7 @@ def numbers(text):
     return [float(found) for found in re.findall(r"\d+\.?\d*(?:e\d+)?", text)]
 
 
+@pytest.mark.slow
 def test_example_of_the_document(tmp_path, monkeypatch, capsys):
     """The code writes points.csv, the command prints the tables, here to 2 %, and draws."""
     monkeypatch.chdir(tmp_path)

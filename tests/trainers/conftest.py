@@ -24,7 +24,7 @@ QUICK = {
     "NO": WHOLE | {"ppo": "full,lora,head"},
     "MULTI_CPU": WHOLE | {"ppo": "full,lora,resume"},
     "FSDP": {"ppo": "lora,head", "projection": WHOLE["projection"]},
-    "ZERO2": {"ppo": "lora", "preference": "dpo,kto"},
+    "ZERO2": {"preference": "dpo,kto"},
     "ZERO3": {"ppo": "full,lora"},
 }
 SLOW = {

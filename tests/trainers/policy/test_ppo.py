@@ -290,7 +290,7 @@ def test_kl_coefficient_moves_as_its_controller_says(tiny_llama, tmp_path):
     )
     run.train()
     # KL of the first rollout is 0: error clipped to −1, n = 4 completions, horizon 40
-    assert logged(run, "kl_coef") == pytest.approx([0.1, 0.1 * math.exp(-0.1 * 4 / 40)])
+    assert logged(run, "kl_coef") == pytest.approx([0.1, 0.1 * math.exp(-0.03 * 4 / 40)])
 
 
 def test_policy_reloads_without_this_package_and_values_with_it(tiny_llama, tmp_path):
