@@ -68,7 +68,7 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture
 def quick_stages(shared_folder, monkeypatch):
-    """The toy world's SFT and reward model after a few steps, in a cache of their own, for whom any model will do."""
+    """The toy world's SFT and reward model after a few steps: for tests in which any model will do."""
     from lifecycle_hf.toyworld import stages
 
     def few_steps(stage, folder):

@@ -67,7 +67,7 @@ class HubStandin:
     def run(self, code, *arguments, cwd=None):
         """Run Python `code` (or, when it ends in .py, that script) against this hub; returns its standard output.
 
-        It runs in a fork of a process that reached for this hub as it imported the libraries (tests/launched/warm.py).
+        It runs in a fork of a process that imported the libraries with `env` (tests/launched/warm.py).
         """
         self.warm = self.warm or subprocess.Popen(
             [sys.executable, str(WARM)], env=self.env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

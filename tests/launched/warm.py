@@ -7,6 +7,7 @@ source that ends in .py is a script, else code. The answer is a line with the ex
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 from types import ModuleType
@@ -24,6 +25,7 @@ _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.
 def run(source, arguments, folder, *files):
     """What the fork does; it does not return."""
     status = 1
+    signal.alarm(600)  # what hangs is killed
     try:
         for stream, file in zip((sys.stdout, sys.stderr), files):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
@@ -38,7 +40,10 @@ def run(source, arguments, folder, *files):
             exec(source, vars(main))
         status = 0
     except SystemExit as ended:
-        status = int(ended.code or 0) if isinstance(ended.code, int | None) else 1
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        else:
+            status = ended.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
