@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from lifecycle_hf.data.collators import length_mask, pad_sequences
+from lifecycle_hf.data.collators import length_mask, on_device, pad_sequences
 from lifecycle_hf.models.adapters.embeddings import embedding_rows
 from lifecycle_hf.models.lm_head import head_logprobs, read_head
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
@@ -32,6 +32,27 @@ PROBE_TOLERANCE_HALF, PROBE_LEAK = 0.05, 1e-5
 _traits: WeakKeyDictionary[nn.Module, dict[Callable, bool]] = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Hold the lengths and the groups of the rows of a batch in the host's memory.
+
+    Every index into the batch is made from these lists, so that a GPU never has to be waited for.
+    """
+
+    prompts: list[int]
+    completions: list[int]
+    groups: list[int]
+
+    @property
+    def width(self) -> int:
+        """T, tokens of the longest completion."""
+        return max(self.completions)
+
+    def places(self, starts: list[int], lengths: list[int]) -> torch.Tensor:
+        """Return the numbers from `starts[b]` on, `lengths[b]` of them, of all rows b."""
+        return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+
+
 @dataclass
 class Completions:
     """Hold prompts with their completions, padded on the right.
@@ -40,12 +61,24 @@ class Completions:
         input_ids: [B, L], prompt, completion, padding.
         prompt_lengths, completion_lengths: [B].
         groups: [B]; rows with equal numbers have the same prompt, which is encoded once. By default no rows share one.
+        sizes: the same lengths and groups in the host's memory; by default read from the tensors.
     """
 
     input_ids: torch.Tensor
     prompt_lengths: torch.Tensor
     completion_lengths: torch.Tensor
     groups: torch.Tensor | None = None
+    sizes: Sizes | None = None
+
+    def __post_init__(self):
+        if self.sizes is None:
+            groups = range(len(self.input_ids)) if self.groups is None else self.groups.tolist()
+            self.sizes = Sizes(self.prompt_lengths.tolist(), self.completion_lengths.tolist(), list(groups))
+        if len(self.sizes.prompts) != len(self.input_ids):
+            raise ValueError(
+                f"A batch of {len(self.input_ids)} rows came with the lengths of {len(self.sizes.prompts)}: batches "
+                "must not be split after they were collated (accelerator_config: dispatch_batches, split_batches)."
+            )
 
     @classmethod
     def from_lists(
@@ -66,12 +99,12 @@ class Completions:
             if first.setdefault(group, prompts[i]) != prompts[i]:
                 raise ValueError(f"Row {i} is in group {group}, whose first row has another prompt: split the group.")
         ids = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return cls(
-            pad_sequences(ids, pad_token_id).to(device),
-            torch.tensor([len(p) for p in prompts], device=device),
-            torch.tensor([len(c) for c in completions], device=device),
-            None if groups is None else torch.tensor(groups, device=device),
-        )
+        lengths = [len(p) for p in prompts], [len(c) for c in completions]
+        rows = range(len(prompts)) if groups is None else groups
+        parts = [pad_sequences(ids, pad_token_id), *map(torch.tensor, lengths)]
+        parts += [None] if groups is None else [torch.tensor(groups)]
+        moved = [part if part is None else on_device(part, device) for part in parts]
+        return cls(*moved, Sizes(*lengths, list(rows)))
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -81,21 +114,31 @@ class Completions:
     @cached_property
     def mask(self) -> torch.Tensor:
         """[B, T], true at the tokens of the completion."""
-        return length_mask(self.completion_lengths, int(self.completion_lengths.max()))
+        return length_mask(self.completion_lengths, self.sizes.width)
+
+    @cached_property
+    def filled(self) -> torch.Tensor:
+        """Places of the tokens of the completions in the flattened [B, T], row after row, [M]."""
+        rows, width = len(self.input_ids), self.sizes.width
+        return self._index([row * width for row in range(rows)], self.sizes.completions)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
         """Tokens of all completions, row after row, [M]."""
-        prompts = length_mask(self.prompt_lengths, self.input_ids.shape[1])
-        return self.input_ids[self.attention_mask.bool() & ~prompts]
+        width = self.input_ids.shape[1]
+        starts = [row * width + prompt for row, prompt in enumerate(self.sizes.prompts)]
+        return self.input_ids.flatten()[self._index(starts, self.sizes.completions)]
+
+    def _index(self, starts: list[int], lengths: list[int]) -> torch.Tensor:
+        return on_device(self.sizes.places(starts, lengths), self.input_ids.device)
 
     @cached_property
     def packed(self) -> "Layout":
         """Layout of the batch in one packed row: each prompt, followed by its completions."""
         device, width = self.input_ids.device, self.input_ids.shape[1]
-        prompts, completions = self.prompt_lengths.tolist(), self.completion_lengths.tolist()
+        prompts, completions = self.sizes.prompts, self.sizes.completions
         members: dict[int, list[int]] = {}
-        for row, group in enumerate(range(len(prompts)) if self.groups is None else self.groups.tolist()):
+        for row, group in enumerate(self.sizes.groups):
             members.setdefault(group, []).append(row)
         tokens, trees, at = [], [], 0
         prompt_starts, starts = torch.zeros(2, len(prompts), dtype=torch.long)
@@ -107,7 +150,7 @@ class Completions:
                 tokens.append(torch.arange(prompt, prompt + completions[row]) + row * width)
                 starts[row], at = at, at + completions[row]
             trees.append((prompt, [completions[row] for row in rows]))
-        places = [part.to(device) for part in (torch.cat(tokens), prompt_starts, starts)]
+        places = [on_device(part, device) for part in (torch.cat(tokens), prompt_starts, starts)]
         return Layout(*places, Segments(trees, device))
 
     @cached_property
@@ -118,14 +161,13 @@ class Completions:
         return Layout(tokens, starts, starts + self.prompt_lengths)
 
     @property
-    def leaders(self) -> torch.Tensor:
-        """[B], index of the first row of the same group."""
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
-        return rows if self.groups is None else (self.groups[:, None] == self.groups).long().argmax(1)
+    def leaders(self) -> list[int]:
+        """Return for each row the index of the first row of the same group."""
+        return [self.sizes.groups.index(group) for group in self.sizes.groups]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return {name of the field: tensor}, without those that are None."""
-        return {f.name: part for f in fields(self) if (part := getattr(self, f.name)) is not None}
+        return {f.name: part for f in fields(self) if isinstance(part := getattr(self, f.name), torch.Tensor)}
 
 
 class Layout(NamedTuple):
@@ -144,10 +186,31 @@ class Layout(NamedTuple):
 
     def predictors(self, batch: Completions, extra: int = 0) -> torch.Tensor:
         """Return the position each completion token is predicted from, [B, T + extra]; the last token's on padding."""
-        steps = torch.arange(int(batch.completion_lengths.max()) + extra, device=self.tokens.device)
+        steps = torch.arange(batch.sizes.width + extra, device=self.tokens.device)
         steps = torch.minimum(steps[None], batch.completion_lengths[:, None])
         after_prompt = (self.prompt_starts + batch.prompt_lengths - 1)[:, None]
         return torch.where(steps == 0, after_prompt, self.completion_starts[:, None] + steps - 1)
+
+
+class InnerPrompts(NamedTuple):
+    """Name the tokens of a batch's prompts that predict another token of the prompt, once for each group.
+
+    Attributes:
+        rows, steps: [K], row and position of each of these tokens.
+        leaders: [B], row whose prompt stands for that of each row.
+    """
+
+    rows: torch.Tensor
+    steps: torch.Tensor
+    leaders: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Completions) -> "InnerPrompts":
+        leaders = batch.leaders
+        lengths = [n - 1 if leaders[row] == row else 0 for row, n in enumerate(batch.sizes.prompts)]
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        places = rows, batch.sizes.places([0] * len(lengths), lengths), torch.tensor(leaders)
+        return cls(*(on_device(index, batch.input_ids.device) for index in places))
 
 
 class Scores(NamedTuple):
@@ -193,23 +256,21 @@ def completion_logprobs(
         )
     fused = _probed(base, _head_is_known)
     layout, outputs = _run(base.base_model if fused else base, batch, "last_hidden_state" if fused else "logits")
-    places, tokens = layout.predictors(batch)[mask], batch.tokens
+    places, tokens = layout.predictors(batch).flatten()[batch.filled], batch.tokens
     if prompts:
-        lead = torch.arange(len(mask), device=mask.device) == batch.leaders
-        inner = length_mask(batch.prompt_lengths - 1, batch.input_ids.shape[1]) & lead[:, None]
-        steps = torch.arange(inner.shape[1], device=mask.device)
-        places = torch.cat([places, (layout.prompt_starts[:, None] + steps)[inner]])
-        tokens = torch.cat([tokens, batch.input_ids.roll(-1, 1)[inner]])
+        inner = InnerPrompts.of(batch)
+        places = torch.cat([places, layout.prompt_starts[inner.rows] + inner.steps])
+        tokens = torch.cat([tokens, batch.input_ids[inner.rows, inner.steps + 1]])
     options = {"temperature": temperature, "entropy": entropy, "entropy_gradient": entropy_gradient}
     logprobs, entropies = head_logprobs(base if fused else None, outputs[places], tokens, **options)
 
-    def spread(values):  # the values after those of the mask are the prompts'
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+    def spread(values):  # the values after those of the completions are the prompts'
+        own = values[: len(batch.filled)]
+        return values.new_zeros(mask.numel()).index_copy(0, batch.filled, own).view(mask.shape)
 
     sums, hidden = None, None
     if prompts:
-        rows = inner.nonzero()[:, 0]
-        sums = logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs[len(batch.tokens) :])[batch.leaders]
+        sums = logprobs.new_zeros(len(mask)).index_add(0, inner.rows, logprobs[len(batch.filled) :])[inner.leaders]
     if states and fused:
         hidden = outputs[layout.predictors(batch, extra=1)]
     elif states:

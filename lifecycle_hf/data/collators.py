@@ -18,6 +18,13 @@ def pad_sequences(sequences: list[list[int]], padding_value: int, side: str = "r
     return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=side)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor of the host; to CUDA without waiting for what was queued there before."""
+    if torch.device(device or "cpu").type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def length_mask(lengths: torch.LongTensor, width: int) -> torch.BoolTensor:
     """Return the mask [B, width] that is true at the first `lengths[b]` positions of row b (right padding)."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
@@ -49,4 +56,4 @@ def prompt_lengths(
 
 def shuffled(n: int, seed: int) -> list[int]:
     """Return a permutation of range(n) that depends on `seed` alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy().tolist()

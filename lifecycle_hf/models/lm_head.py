@@ -168,11 +168,13 @@ def _chunked(read, size: int, states: torch.Tensor, tokens: torch.Tensor, sharde
     def score(states, tokens):
         return token_logprobs(read(states), tokens, **options)
 
-    chunks = torch.tensor(-(-len(states) // size), device=states.device)
+    chunks = -(-len(states) // size)
     if sharded:  # each call gathers the weight from all ranks, so all need the same number of calls
-        torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+        most = torch.tensor(chunks, device=states.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        chunks = int(most)
     parts = []
-    for part in zip(states.tensor_split(int(chunks)), tokens.tensor_split(int(chunks)), strict=True):
+    for part in zip(states.tensor_split(chunks), tokens.tensor_split(chunks), strict=True):
         keep = torch.is_grad_enabled()
         parts.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) if keep else score(*part))
     logprobs, entropies = zip(*parts, strict=True)

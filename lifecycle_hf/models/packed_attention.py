@@ -7,16 +7,23 @@ does the same as the function before.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lifecycle_hf.data.collators import on_device
+
 PREFIX = "packed_"
+KERNEL_DEVICES, KERNEL_DTYPES = {"cuda"}, {torch.bfloat16, torch.float16}
+"""Where torch's variable-length attention stands in for SDPA, if it agrees with it there."""
 
 
 @dataclass(eq=False)
@@ -70,10 +77,10 @@ class Segments:
         keys = [len(index) for index in seen]
 
         def offsets(lengths):
-            return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+            return on_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), self.device)
 
         return {
-            "keys": torch.cat(seen).to(self.device),
+            "keys": on_device(torch.cat(seen), self.device),
             "cu_seq_lens_q": offsets(queries),
             "cu_seq_lens_k": offsets(keys),
             "max_length_q": max(queries),
@@ -104,7 +111,7 @@ class Segments:
             for segment, length in enumerate([prompt, *completions]):
                 positions = torch.arange(length) + (prompt if segment else 0)
                 columns.append(torch.stack(torch.broadcast_tensors(*torch.tensor([tree, segment]), positions)))
-        return torch.cat(columns, dim=1).to(self.device)
+        return on_device(torch.cat(columns, dim=1), self.device)
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -153,6 +160,9 @@ def _register(base: str) -> None:
                 lengths = dict(segments.varlen)
                 keys = lengths.pop("keys")
                 return attend(module, query, key[:, :, keys], value[:, :, keys], None, **(kwargs | lengths))
+            kernel = find_kernel(base, query, key, kwargs)
+            if kernel is not None:
+                return _attend_by_kernel(kernel, segments, query, key, value, kwargs), None
             return _attend_by_segment(attend, base, segments, module, query, key, value, kwargs), None
         finally:
             module.config._attn_implementation = PREFIX + base
@@ -174,3 +184,76 @@ def _attend_by_segment(attend, base: str, segments: Segments, module: nn.Module,
             mask = segments.mask(queries, keys, window, None if base == "sdpa" else query.dtype)
         outputs.append(attend(module, query[:, :, start:end], k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1)
+
+
+def find_kernel(base: str, query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> Callable | None:
+    """Return torch's variable-length attention if it can take the place of SDPA for this call, else None."""
+    right_place = query.device.type in KERNEL_DEVICES and query.dtype in KERNEL_DTYPES
+    if base != "sdpa" or not right_place or kwargs.get("dropout"):
+        return None
+    window = kwargs.get("sliding_window") is not None
+    return torch_kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], window)
+
+
+def _attend_by_kernel(kernel: Callable, segments: Segments, query, key, value, kwargs) -> torch.Tensor:
+    """Return the attention [1, N, heads, D] of a packed row [1, heads, N, D] by one call of a kernel."""
+    lengths = dict(segments.varlen)
+    places = lengths.pop("keys")
+    tokens = [query[0].transpose(0, 1), key[0].transpose(0, 1)[places], value[0].transpose(0, 1)[places]]
+    return kernel(*tokens, *lengths.values(), scale=kwargs.get("scaling"), window=kwargs.get("sliding_window"))[None]
+
+
+@cache
+def torch_kernel(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_size: int, windowed: bool
+) -> Callable | None:
+    """Return `kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window)`, or None if it does not fit.
+
+    It must align causal masks at the bottom right, which is tried once for each kind of head.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        kernel = _adapted(varlen_attn)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            fits = _aligns_at_bottom_right(kernel, device, dtype, heads, key_heads, head_size, 4 if windowed else None)
+        return kernel if fits else None
+    except (ImportError, RuntimeError, ValueError, TypeError):  # this torch or this card has no such kernel
+        return None
+
+
+def _adapted(varlen_attn: Callable) -> Callable:
+    """Return `varlen_attn`, whose options differ between versions of torch, as [`torch_kernel`] describes it."""
+    options = signature(varlen_attn).parameters
+
+    def kernel(query, key, value, *lengths, scale=None, window=None):
+        given = {"scale": scale} if "scale" in options else {}
+        if "enable_gqa" in options:
+            given["enable_gqa"] = query.shape[1] != key.shape[1]
+        elif query.shape[1] != key.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if "window_size" in options:
+            given["window_size"] = (-1 if window is None else window - 1, 0)
+        else:
+            given["is_causal"] = True
+        return varlen_attn(query, key, value, *lengths, **given)
+
+    return kernel
+
+
+def _aligns_at_bottom_right(kernel, device, dtype, heads, key_heads, head_size, window) -> bool:
+    """Return whether `kernel` agrees with SDPA under explicit masks on a row of two small trees."""
+    segments, scale = Segments([(5, [3, 4]), (2, [6])], device), 0.3
+    draw = torch.Generator(device).manual_seed(0)
+    sizes = [(1, n, 20, head_size) for n in (heads, key_heads, key_heads)]
+    query, key, value = (torch.randn(size, generator=draw, device=device).to(dtype) for size in sizes)
+    got = _attend_by_kernel(kernel, segments, query, key, value, {"scaling": scale, "sliding_window": window})
+    expected = []
+    for start, end, prompt_start, prompt_end in segments.slices:
+        places = torch.tensor([*range(prompt_start, prompt_end), *range(start, end)], device=device)
+        mask = segments.mask(end - start, len(places), window, None)
+        parts = query[:, :, start:end].float(), key[:, :, places].float(), value[:, :, places].float()
+        expected.append(scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=True))
+    difference = (got.float() - torch.cat(expected, 2).transpose(1, 2)).abs().max()
+    return bool(difference <= 0.02)

@@ -1,6 +1,7 @@
 """Test packed trees: what each attention implementation sees equals a table written by hand, or sdpa."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lifecycle_hf.completions.scoring import Completions, completion_logprobs
+from lifecycle_hf.models import packed_attention
 from lifecycle_hf.models.packed_attention import Segments, disable_packing, enable_packing
 
 close = torch.testing.assert_close
@@ -208,6 +210,55 @@ def test_flash_attention_2_of_transformers_with_naive_kernels_equals_sdpa(monkey
     assert model.config._attn_implementation == "packed_flash_attention_2"
     ids = torch.tensor([[7, 8, 9, 10, 11, 12]])
     close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)  # without packing, too
+
+
+def of_torch_2_13(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """Stand for `torch.nn.attention.varlen.varlen_attn`."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    options = {"softmax_scale": scale, "causal": window_size[1] == 0, "window_size": window_size}
+    return varlen_kernel(query, key, value, cu_q, cu_k, max_q, max_k, **options)
+
+
+def of_torch_2_10(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, *, scale=None):
+    """Stand for an earlier version of it."""
+    assert query.shape[1] == key.shape[1]
+    return varlen_kernel(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=is_causal)
+
+
+def at_the_top_left(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Stand for a version whose causal masks begin at the first key."""
+    cut = [x[: len(query)] for x in (key, value)]
+    return varlen_kernel(query, *cut, cu_q, cu_q, max_q, max_q, softmax_scale=scale, causal=True)
+
+
+def missing(*args, **kwargs):
+    raise RuntimeError("no kernel for this card")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("version", [of_torch_2_13, of_torch_2_10, at_the_top_left, missing])
+def test_the_kernel_of_torch_stands_in_for_sdpa_where_it_agrees(monkeypatch, name, version):
+    calls = []
+
+    def counted(query, *args, **kwargs):
+        calls.append(len(query))
+        return version(query, *args, **kwargs)
+
+    functools.update_wrapper(counted, version)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
+    monkeypatch.setattr(packed_attention, "KERNEL_DEVICES", {"cpu"})
+    monkeypatch.setattr(packed_attention, "KERNEL_DTYPES", {torch.float32})
+    packed_attention.torch_kernel.cache_clear()
+    model, expected = tiny(name, **FAMILIES[name]), tiny(name, "eager", **FAMILIES[name])
+    got, wanted = scores(model), scores(expected)
+    packed_attention.torch_kernel.cache_clear()
+    assert model.config._attn_implementation == "packed_sdpa"
+    for one, other in zip(got, wanted):
+        close(one, other, atol=1e-5, rtol=0)
+    row = 5 + sum(map(len, COMPLETIONS)) + 1  # both prompts once
+    # One layer of two is windowed but in the first family; a window is more than the earlier version can do.
+    layers = {of_torch_2_13: 2, of_torch_2_10: 2 if name == "llama" else 1}.get(version, 0)
+    assert calls.count(row) == layers
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

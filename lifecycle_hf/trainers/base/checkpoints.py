@@ -59,7 +59,7 @@ class LogState(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         trainer = self.trainer
         line = {"loss": trainer._tr_loss.item(), "since": trainer._globalstep_last_logged}
-        return line | {"sums": trainer.metrics["train"].sums}
+        return line | {"sums": trainer.metrics["train"].read()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._restored = state

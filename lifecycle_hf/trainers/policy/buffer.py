@@ -87,7 +87,8 @@ class RolloutBuffer:
         """Return the rollout; nothing, if every micro-step was made."""
         if self.exhausted:
             return {}
-        tensors = {f"{i}.{name}": x.cpu() for i, batch in enumerate(self.batches) for name, x in batch.items()}
+        parts = {f"{i}.{name}": x for i, batch in enumerate(self.batches) for name, x in batch.items()}
+        tensors = {name: x.cpu() for name, x in parts.items() if isinstance(x, torch.Tensor)}
         rest = {"schedule": self.schedule, "micro_step": self.micro_step, "size": len(self.batches)}
         return tensors | rest | {"layout": self.layout}
 

@@ -31,7 +31,7 @@ class FaultGuard(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
-        self.step_fault: str | None = None
+        self.step_losses: list[dict[str, torch.Tensor]] = []
         self.rollout_fault: str | None = None
         self.in_a_row = {"step": 0, "rollout": 0}
         self.gradient_norm: float | torch.Tensor | None = None
@@ -45,13 +45,25 @@ class FaultGuard(TrainerCallback):
         self.in_a_row = {name: state[name] for name in self.in_a_row}
 
     def check_loss(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
-        """Check the loss of a micro-batch before its backward pass; `parts` are the losses that it is a sum of."""
-        if math.isfinite(loss.detach().item()):
-            return
-        bad = ", ".join(f"{name}: {x.item()}" for name, x in parts.items() if not math.isfinite(x.item()))
-        self.step_fault = f"the loss is {loss.item()} ({bad or 'the sum of finite parts'})"
-        if self.trainer.is_deepspeed_enabled:
-            self._stop(self.step_fault)
+        """Note the loss of a micro-batch before its backward pass; `parts` are the losses that it is a sum of.
+
+        It is read before the optimizer step, so that no micro-step waits for the device; under DeepSpeed at once.
+        """
+        self.step_losses.append({name: x.detach() for name, x in ({"": loss} | parts).items()})
+        if self.trainer.is_deepspeed_enabled and (fault := self._step_fault()):
+            self._stop(fault)
+
+    def _step_fault(self) -> str | None:
+        """Return the fault of the step's losses, of the last micro-batch that has one, and forget the losses."""
+        losses, self.step_losses = self.step_losses, []
+        flat = [x.double() for micro_batch in losses for x in micro_batch.values()]
+        values, fault = iter(torch.stack(flat).tolist() if flat else []), None
+        for micro_batch in losses:
+            loss, *parts = [(name, next(values)) for name in micro_batch]
+            if not math.isfinite(loss[1]):
+                bad = ", ".join(f"{name}: {x}" for name, x in parts if not math.isfinite(x))
+                fault = f"the loss is {loss[1]} ({bad or 'the sum of finite parts'})"
+        return fault
 
     def check_rollout(self, *, kl: float, entropy: float, length: float) -> None:
         """Check the means of a rollout over all processes: KL per completion, entropy per token, tokens."""
@@ -81,10 +93,9 @@ class FaultGuard(TrainerCallback):
         unseen = norm is None or self.trainer.accelerator.scaler is not None or self.trainer.is_deepspeed_enabled
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = 0.0 if unseen else float(norm)
-        fault = self._anywhere(self.step_fault)
+        fault = self._anywhere(self._step_fault())
         if fault is None and not math.isfinite(norm):
             fault = f"the gradient has norm {norm}"
-        self.step_fault = None
         if self.rollout_fault is None:  # else the rollout was counted, and its steps are not
             self._count("step", fault)
         skipped = fault is not None or self.rollout_fault is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
@@ -189,7 +190,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         if self.buffer.exhausted:
             getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers sample with other weights
             self._new_rollout(inputs)
-            tokens = sum(int(batch["completion_lengths"].sum()) for batch in self.buffer.batches)
+            tokens = sum(sum(batch["completions"].sizes.completions) for batch in self.buffer.batches)
         loss = super().training_step(model, {"micro_batch": self._next_micro_batch()}, num_items_in_batch)
         if self.model.shared is not None:  # after the backward pass the adapter that was recomputed last is active
             self.model.shared.activate(self.model.policy_role)
@@ -206,11 +207,14 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             first, n = self.state.global_step * len(batches), len(batches) if self.ptx_rows else 0
             self._texts = [self.ptx_rows.batch(micro_step, device) for micro_step in range(first, first + n)]
             counts = [sum(b["completion_lengths"].sum() for b in batches), sum(m.sum() for _, m in self._texts)]
-            totals = torch.tensor([float(count) for count in counts], device=device)
-            self._step_totals = self.accelerator.reduce(totals, "sum").tolist()
+            totals = torch.stack([torch.as_tensor(count).to(device, torch.float32) for count in counts])
+            self._step_totals = self.accelerator.reduce(totals, "sum")
         buffer.micro_step += 1
-        texts = self._texts[i] if self._texts else (None, None)
-        return MicroBatch({name: x.to(device) for name, x in batches[i].items()}, *texts)
+        texts, rollout = self._texts[i] if self._texts else (None, None), send_to_device(batches[i], device)
+        if "completions" not in rollout:  # a checkpoint holds their tensors alone
+            names = "input_ids", "prompt_lengths", "completion_lengths"
+            batches[i]["completions"] = rollout["completions"] = Completions(*(rollout[name] for name in names))
+        return MicroBatch(rollout, *texts)
 
     def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
         """Fill the buffer with a new rollout; if the KL budget undoes the last update, sample it again."""
@@ -259,7 +263,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         """
         args, metrics, micro_batch = self.args, self.metrics["train"], inputs["micro_batch"]
         batch, texts, text_mask = micro_batch.rollout, micro_batch.texts, micro_batch.text_mask
-        completions = Completions(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
+        completions = batch["completions"]
         mask, entropy, (tokens, text_tokens) = completions.mask, args.entropy_coef > 0, self._step_totals
         want = {"logprobs": True, "value_loss": "values" in batch, "texts": texts is not None}
         want |= {"entropy": entropy, "entropy_gradient": entropy}

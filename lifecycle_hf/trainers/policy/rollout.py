@@ -62,8 +62,9 @@ class RolloutMaker:
     ) -> list[dict[str, torch.Tensor]]:
         """Sample a completion for each row and return micro-batches with the inputs of the losses.
 
-        Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], and [B, T]: "logprobs",
-        "advantages", and with a critic "values", "returns"; for a value head "features" [B, T + 1, H].
+        Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], all three again as "completions",
+        and [B, T]: "logprobs", "advantages", and with a critic "values", "returns"; for a value head "features"
+        [B, T + 1, H].
 
         Args:
             training: if False, sampling has its own seed, so that an evaluation does not change the run.
@@ -230,7 +231,7 @@ class RolloutMaker:
         metrics.add("reward", rewards.sum(), len(scores))
         metrics.add_masked("entropy", out["entropy"], mask)
         result = {name: getattr(batch, name) for name in ("input_ids", "prompt_lengths", "completion_lengths")}
-        result["logprobs"] = out["logprobs"]
+        result |= {"completions": batch, "logprobs": out["logprobs"]}
         if "ref_states" in out:  # large and seldom needed, so kept in the host's memory
             result["features"] = out["ref_states"].cpu()
         if self.value is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -136,11 +136,11 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
             self.processing_class.pad_token_id,
             groups=list(range(len(rows))) * len(columns),
         )
-        return {prefix + name: value for name, value in batch.tensors().items()}
+        return {prefix + name: value for name, value in (batch.tensors() | {"sizes": batch.sizes}).items()}
 
     @staticmethod
     def completions(inputs: dict[str, torch.Tensor], prefix: str = "") -> Completions:
-        names = ("input_ids", "prompt_lengths", "completion_lengths", "groups")
+        names = ("input_ids", "prompt_lengths", "completion_lengths", "groups", "sizes")
         return Completions(*(inputs[prefix + name] for name in names))
 
     # Log-probs of the reference that are computed once
@@ -191,7 +191,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         loader = DataLoader(dataset.select(own), args.precompute_ref_batch_size or size, collate_fn=self._collate)
         found = []
         for inputs in tqdm(loader, f"Reference log-probs ({where})", disable=not self.is_local_process_zero()):
-            inputs = {name: value.to(args.device) for name, value in inputs.items()}
+            inputs = send_to_device(inputs, args.device)
             with torch.no_grad(), self.accelerator.autocast():
                 found += self.reference_logps(self.model.eval(), inputs).T.tolist()
         rows = {i: row for part in gather_object([dict(zip(own, found, strict=True))]) for i, row in part.items()}
@@ -236,14 +236,14 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         table = torch.stack([column.detach().double() for pair in rows.values() for column in pair], dim=1)
         if not training:  # without the rows that only fill up the last batch
             table = self.accelerator.gather_for_metrics(table)
-        sums = table.sum(0).tolist()
+        sums = table.sum(0).unbind()
         for i, name in enumerate(rows):
             self.metrics["train" if training else "eval"].add(name, sums[2 * i], sums[2 * i + 1])
         return (loss, {}) if return_outputs else loss
 
     def _count_tokens(self, model, inputs: dict[str, torch.Tensor]) -> None:
         padded, examples = inputs["input_ids"].numel(), len(inputs["input_ids"]) // len(self.columns)
-        packed = inputs["prompt_lengths"][:examples].sum() + inputs["completion_lengths"].sum()
+        packed = sum(inputs["sizes"].prompts[:examples]) + sum(inputs["sizes"].completions)
         saved = padded - packed if packs(self.accelerator.unwrap_model(model).policy) else 0
         self.metrics["train"].add("tokens_saved", saved, padded)
 

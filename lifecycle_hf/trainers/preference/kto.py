@@ -75,7 +75,7 @@ class KTOTrainer(CompletionTrainer):
             self.ref_columns, self.extra_columns = ("ref_logps", "ref_KL_logps"), ("label", f"{KL}completion_ids")
             self.prefixes = ("", KL)
         super().__init__(model, ref_model, args, **kwargs)
-        self._micro_steps, self._logratios = 0, torch.zeros(2, dtype=torch.float64)
+        self._micro_steps, self._logratios = 0, torch.zeros(2, dtype=torch.float64, device=args.device)
         self._running, self._z0 = RunningReference(), 0.0
         if not self._mismatched:
             self.stateful["reference_point"] = self._running
@@ -151,10 +151,10 @@ class KTOTrainer(CompletionTrainer):
 
     def _step_running_mean(self, logratios: torch.Tensor) -> None:
         """Take in the log-ratios of a micro-batch; update the running mean after the last one of a step."""
-        self._logratios += torch.tensor([float(logratios.sum()), len(logratios)], dtype=torch.float64)
+        self._logratios += torch.stack([logratios.sum(), torch.ones_like(logratios).sum()])
         self._micro_steps -= 1
         if self._micro_steps == 0:
-            total, count = self.accelerator.reduce(self._logratios.to(self.args.device), "sum").tolist()
+            total, count = self.accelerator.reduce(self._logratios, "sum").tolist()
             self._running.update(total / count)
             self._logratios.zero_()
 

@@ -1,7 +1,6 @@
 """Pretrain language models by one of the objectives causal, masked, span corruption, prefix LM and UL2."""
 
 import math
-import time
 import warnings
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -24,6 +23,7 @@ from lifecycle_hf.models.adapters.embeddings import embedding_rows
 from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
 from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
+from lifecycle_hf.trainers.base.metrics import StepClock
 from lifecycle_hf.trainers.base.mitigations import mitigations_in_force, protect
 from lifecycle_hf.trainers.base.options import TrainerConfig, option
 from lifecycle_hf.trainers.supervised.base import StageTrainerMixin, prepare_tokenizer
@@ -144,6 +144,7 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         train_rows = make_rows(train_dataset, plan, tokenizer, args, "train_dataset")
         eval_rows = None if eval_dataset is None else make_rows(eval_dataset, plan, tokenizer, args, "eval_dataset")
         super().__init__(model, args, self.collate, train_rows, eval_rows, tokenizer, **kwargs)
+        self._clock = StepClock(args.device)
         self.model_accepts_loss_kwargs = True  # so that targets are counted over all micro-batches
         if hasattr(train_rows, "set_epoch"):
             self.add_callback(_NewNoise(train_rows))
@@ -174,6 +175,11 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
             batch["attention_mask"] = length_mask(lengths, batch["input_ids"].shape[1]).long()
         if self.takes_prefix:
             batch["prefix_lengths"] = torch.tensor([row.get("prefix_length", 0) for row in rows])
+        if self.args.objective in DENOISERS and self._head_takes_positions:
+            # Most tokens of a denoiser's row are inputs. The head skips the columns without a target in any row. They
+            # are found here, in the host's memory, and repeated for each row, since accelerate may split a batch.
+            columns = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+            batch["logits_to_keep"] = columns.repeat(len(rows), 1)
         return batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -188,10 +194,9 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         given = {name: x for name, x in inputs.items() if name not in ("labels", "kinds")}
         if self.is_seq2seq:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
-        if self.args.objective in DENOISERS and self._head_takes_positions:
-            # Most tokens of a denoiser's row are inputs. The head skips the columns without a target in any row.
-            columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-            given["logits_to_keep"], labels = columns, labels[:, columns + 1]
+        if "logits_to_keep" in given:
+            given["logits_to_keep"] = columns = given["logits_to_keep"][0]
+            labels = labels[:, columns + 1]
         outputs = model(**given, use_cache=False) if self.args.objective != "masked" else model(**given)
         aligned = self._aligned or "logits_to_keep" in given
         nll = (masked_lm_loss if aligned else causal_lm_loss)(outputs.logits, labels)
@@ -206,26 +211,22 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
     def _log_kinds(self, nll: torch.Tensor, targets: torch.Tensor, kinds: torch.Tensor) -> None:
         metrics = self.metrics["train" if self.model.training else "eval"]
         rows = torch.stack([nll.double().sum(1), targets.double().sum(1)], 1)
-        sums = rows.new_zeros(len(self.kinds), 2).index_add_(0, kinds, rows).tolist()
+        sums = rows.new_zeros(len(self.kinds), 2).index_add_(0, kinds, rows)
         for name, (total, count) in zip(self.kinds, sums, strict=True):
-            if count:
-                metrics.add(f"loss/{name}", total, count)
-                metrics.add("nll", total, count)
+            metrics.add(f"loss/{name}", total, count)
+        metrics.add("nll", *rows.sum(0))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        start, tokens = time.perf_counter(), inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds, world_size = time.perf_counter() - start, self.accelerator.num_processes
-        self.metrics["train"].add("tokens_per_second", tokens * world_size, seconds)
-        return loss
+        with self._clock.step(inputs["input_ids"].numel() * self.accelerator.num_processes):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def reduced_metrics(self, kind: str) -> dict[str, float]:
+        if kind == "train":
+            self.metrics["train"].add("tokens_per_second", *self._clock.read())
         means = super().reduced_metrics(kind)
         if "nll" in means:
             nll = means.pop("nll")
