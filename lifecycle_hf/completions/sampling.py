@@ -5,6 +5,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from lifecycle_hf.completions.captured import can_be_captured, decode_captured
 from lifecycle_hf.data.collators import length_mask, pad_sequences
 
 COMPACT_FROM = 1 / 8
@@ -91,6 +92,7 @@ def generate(
     pad_token_id: int,
     generator_seed: int | None = None,
     batch_size: int | None = None,
+    captured: bool | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt from softmax(logits / temperature), untruncated (top_k=0, top_p=1).
 
@@ -103,11 +105,21 @@ def generate(
         temperature: above 0, or 0 for greedy decoding.
         generator_seed: seed of this call, which then leaves torch's random state unchanged.
         batch_size: number of prompts decoded together; by default all.
+        captured: decode in steps of fixed shapes over a static cache, which CUDA replays as a graph; by default where
+            there is CUDA and the model can.
+
+    Raises:
+        ValueError: `captured` is set, and the model can't.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
+    if captured is None:
+        captured = device.type == "cuda" and can_be_captured(model)
+    elif captured and not can_be_captured(model):
+        raise ValueError(f"captured=True: {type(model).__name__} does not decode in steps of fixed shapes by SDPA.")
     options = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     options |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": pad_token_id}
+    decode = decode_captured if captured else _decode
     own, training, completions = model.generation_config, model.training, []
     # `generate` fills the unset options of a given config from the model's own, so that one is replaced.
     model.generation_config = GenerationConfig(**options, eos_token_id=list(stop_token_ids))
@@ -121,7 +133,7 @@ def generate(
                 rows = prompt_ids[start : start + size]
                 ids = pad_sequences(rows, pad_token_id, side="left").to(device)
                 mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
-                output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=_decode)
+                output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=decode)
                 completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
     finally:
         model.generation_config = own
