@@ -149,7 +149,8 @@ def decode_captured(
         scores = logits_processor(None, logits)
         return torch.multinomial(scores.softmax(-1), 1) if generation_config.do_sample else scores.argmax(-1, True)
 
-    batch, logits = prefill(model, input_ids, inputs["attention_mask"], room)
+    mask = inputs.get("attention_mask")  # `generate` leaves out a mask without padding
+    batch, logits = prefill(model, input_ids, torch.ones_like(input_ids) if mask is None else mask, room)
     rows, results = torch.arange(len(input_ids)), [None] * len(input_ids)
     take(batch, choose(logits), stops, pad)
     stepper, steps = DecodingStep(model, batch, choose, stops, pad), 1

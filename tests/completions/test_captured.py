@@ -40,6 +40,13 @@ def test_greedy_tokens_are_those_of_the_plain_loop(monkeypatch, family, packed):
     assert len(lengths) > 1 and batches, "rows must end at different steps, and leave the batch"
 
 
+@pytest.mark.parametrize("prompts", [[[7, 8], [9, 10]], [[7]]])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_prompts_of_one_length_and_few_steps(prompts, steps):
+    model, options = tiny(), OPTIONS | {"max_new_tokens": steps}
+    assert generate(model, prompts, **options, captured=True) == generate(model, prompts, **options, captured=False)
+
+
 def test_samples_of_a_seed_are_those_of_the_plain_loop_until_a_row_ends(tiny_llama):
     model = tiny_llama[0]()
     options = OPTIONS | {"temperature": 0.7, "stop_token_ids": [1], "max_new_tokens": 12, "generator_seed": 3}
