@@ -133,7 +133,12 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         self.is_seq2seq = model.config.is_encoder_decoder
         # Whether the output at a position predicts the label at that position, and not the next one.
         self._aligned = self.is_seq2seq or args.objective == "masked"
-        self._head_takes_positions = not self.is_seq2seq and "logits_to_keep" in signature(model.forward).parameters
+        takes_positions = not self.is_seq2seq and "logits_to_keep" in signature(model.forward).parameters
+        # Most tokens of a denoiser's row are inputs. The head skips the columns without a target in any row.
+        self._spares_columns = args.objective in DENOISERS and takes_positions
+        # accelerate reads a stream in the main process, joins the batches of all processes, and deals them out.
+        joined = not isinstance(train_dataset, Dataset) or args.accelerator_config.dispatch_batches
+        self._joins_batches = args.world_size > 1 and joined
         check_objective(model, args.objective)
         plan = row_plan(args, tokenizer, self.is_seq2seq)
         self.plan = plan
@@ -175,11 +180,8 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
             batch["attention_mask"] = length_mask(lengths, batch["input_ids"].shape[1]).long()
         if self.takes_prefix:
             batch["prefix_lengths"] = torch.tensor([row.get("prefix_length", 0) for row in rows])
-        if self.args.objective in DENOISERS and self._head_takes_positions:
-            # Most tokens of a denoiser's row are inputs. The head skips the columns without a target in any row. They
-            # are found here, in the host's memory, and repeated for each row, since accelerate may split a batch.
-            columns = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-            batch["logits_to_keep"] = columns.repeat(len(rows), 1)
+        if self._spares_columns and not self._joins_batches:
+            batch["logits_to_keep"] = columns_with_targets(batch["labels"])  # here, in the host's memory
         return batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -194,9 +196,10 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         given = {name: x for name, x in inputs.items() if name not in ("labels", "kinds")}
         if self.is_seq2seq:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
-        if "logits_to_keep" in given:
-            given["logits_to_keep"] = columns = given["logits_to_keep"][0]
-            labels = labels[:, columns + 1]
+        if self._spares_columns:
+            if "logits_to_keep" not in given:
+                given["logits_to_keep"] = columns_with_targets(labels)
+            labels = labels[:, given["logits_to_keep"] + 1]
         outputs = model(**given, use_cache=False) if self.args.objective != "masked" else model(**given)
         aligned = self._aligned or "logits_to_keep" in given
         nll = (masked_lm_loss if aligned else causal_lm_loss)(outputs.logits, labels)
@@ -236,6 +239,11 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
             parameters = sum(p.numel() for p in self.model.parameters())
             means["mfu"] = 6 * parameters * means["tokens_per_second"] / self.accelerator.num_processes / peak
         return means
+
+
+def columns_with_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Return the columns of `labels` [B, L] whose output predicts a target in at least one row."""
+    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
 
 
 def new_model(args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, **sizes) -> PreTrainedModel:
