@@ -23,13 +23,12 @@ WHOLE = {
 QUICK = {
     "NO": WHOLE | {"ppo": "full,lora,head"},
     "MULTI_CPU": WHOLE | {"ppo": "full,lora,resume"},
-    "FSDP": {"ppo": "lora,head", "projection": WHOLE["projection"]},
     "ZERO2": {"preference": "dpo,kto"},
     "ZERO3": {"ppo": "full,lora"},
 }
 SLOW = {
     "MULTI_CPU": {"ppo": WHOLE["ppo"]},
-    "FSDP": {"ppo": WHOLE["ppo"], "preference": WHOLE["preference"]},
+    "FSDP": {name: WHOLE[name] for name in ("ppo", "preference", "projection")},
     "ZERO2": {name: WHOLE[name] for name in ("ppo", "preference", "pretraining")},
     "ZERO3": {"ppo": WHOLE["ppo"], "preference": WHOLE["preference"], "pretraining": "causal,ul2"},
 }

@@ -4,9 +4,11 @@ import pytest
 from launching import launch_jobs, needs_deepspeed
 
 
-@pytest.mark.parametrize("engine", ["MULTI_CPU", "FSDP"])
-def test_two_processes_of_four_equal_one_of_eight(launched, engine):
-    one, two = launched("NO").found, launched(engine).found
+@pytest.mark.parametrize(
+    ("engine", "slow"), [("MULTI_CPU", False), pytest.param("FSDP", True, marks=pytest.mark.slow)]
+)
+def test_two_processes_of_four_equal_one_of_eight(launched, engine, slow):
+    one, two = launched("NO").found, launched(engine, slow).found
     for level in ("gradient", "update"):
         a, b = one[level], two[level]
         assert (a["world_size"], a["engine"], b["world_size"], b["engine"]) == (1, "NO", 2, engine)
