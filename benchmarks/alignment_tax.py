@@ -31,12 +31,12 @@ from measuring import prepare
 from toyworld_runs import TEXTS, Run, base_values, make_all, values_of
 
 QUIET = {
-    "ppo": {"log_completions": "false", "measure_updates": 0, "kl_control": "fixed", "ptx_coef": 0},
+    "ppo": {"max_steps": 160, "log_completions": "false", "measure_updates": 0, "kl_control": "fixed", "ptx_coef": 0},
     "dpo": {"measure_rows": 8},
 }
 BETA = {"ppo": "kl_coef", "dpo": "beta"}
 BETAS = {"ppo": (0.1, 0.3, 0.6, 1.2), "dpo": (0.05, 0.1, 0.3, 1.0)}
-FEW = {"ppo": (0.3, 0.6), "dpo": (0.1, 0.3)}
+FEW = {"ppo": (0.3, 1.2), "dpo": (0.1, 0.3)}
 RATES = {"ppo": (2e-4, 4e-4), "dpo": (3e-4, 6e-4)}
 ALPHAS = (0.25, 0.5, 0.75)
 EQUAL = 0.90
@@ -45,19 +45,20 @@ CORNER = {"perplexity": 0.2, "benign_accuracy": 0.5, "facts": 0.5}
 
 
 def methods(stage: str, short: bool) -> dict[str, list[dict]]:
-    """The grid of each method. The middle entry is the one that its learning rate is chosen with."""
+    """The grid of each method."""
     few = FEW[stage]
     betas = few if short else BETAS[stage]
 
-    def grid(name, strengths, values=few):
-        chosen = strengths[-1:] if short else strengths
-        return [{name: strength, BETA[stage]: beta} for strength in chosen for beta in values]
+    def grid(name, *strengths):
+        """Every strength at the first β, and the last strength at the second."""
+        points = [(strength, few[0]) for strength in strengths] + [(strengths[-1], few[1])]
+        return [{name: strength, BETA[stage]: beta} for strength, beta in (points[-2:] if short else points)]
 
     found = {
         "plain": [{BETA[stage]: beta} for beta in betas],
-        "PTX": grid("ptx_coef", (0.25, 1.0)),
-        "EWC": grid("ewc_coef", (10.0, 100.0)),
-        "projection": grid("projection", ("update",), betas[:3]),
+        "PTX": grid("ptx_coef", 0.25, 1.0),
+        "EWC": grid("ewc_coef", 10.0, 100.0),
+        "projection": grid("projection", "update"),
     }
     if stage == "ppo":
         targets = (2,) if short else (1, 2)
@@ -93,7 +94,7 @@ def tune(stage, grids, folder, args) -> dict[str, float]:
     base, rates = base_values(args.rows, folder), {}
     plans = {
         (method, rate): [
-            job(stage, folder / "tuning", method, grid[len(grid) // 2], seed, rate) for seed in args.tuning_seeds
+            job(stage, folder / "tuning", method, grid[-2], seed, rate) for seed in args.tuning_seeds
         ]
         for method, grid in grids.items()
         for rate in RATES[stage]
