@@ -1,13 +1,15 @@
 """What alignment costs in the toy world, and what each mitigation saves: fronts over paired seeds.
 
     python benchmarks/alignment_tax.py --short     # PPO, two seeds, coarse grids: 20 runs
-    python benchmarks/alignment_tax.py             # PPO and DPO, eight seeds: 312 runs
+    python benchmarks/alignment_tax.py             # PPO and DPO, eight seeds: 296 runs
     python benchmarks/alignment_tax.py --only ppo --seeds 10 11 12 13
 
 First the learning rate of each method is chosen on `--tuning_seeds`, which are not reported; --short takes
-one rate for all. Then the strength of each method and β are swept, for all seeds alike. Every run is a recipe with
-options (`made_with.json` in its folder). A run that stands in --output_dir is kept, so that a benchmark that was
-stopped goes on.
+one rate for all. Then the strength of each method and β are swept, for all seeds alike. "plain, other rate" is plain
+training at the rate that was not chosen for it: what it saves, a method with that rate saves by its rate.
+
+Every run is a recipe with options (`made_with.json` in its folder); those of PPO have 20 updates, two thirds of the
+default's. A run that stands in --output_dir is kept, so that a benchmark that was stopped goes on.
 
 A method is judged by its front, not by one point: the runs that no other of its runs beats in gold reward and tax.
 There are three taxes, each against the SFT model: on perplexity (relative), on benign accuracy, and on known facts.
@@ -93,9 +95,7 @@ def tune(stage, grids, folder, args) -> dict[str, float]:
     """The learning rate of each method: the best mean of gold reward minus all taxes, on the tuning seeds."""
     base, rates = base_values(args.rows, folder), {}
     plans = {
-        (method, rate): [
-            job(stage, folder / "tuning", method, grid[-2], seed, rate) for seed in args.tuning_seeds
-        ]
+        (method, rate): [job(stage, folder / "tuning", method, grid[-2], seed, rate) for seed in args.tuning_seeds]
         for method, grid in grids.items()
         for rate in RATES[stage]
     }
@@ -207,6 +207,9 @@ def main(args):
     for stage in args.only:
         grids = methods(stage, args.short)
         rates = tune(stage, grids, folder, args) if args.tuning_seeds else dict.fromkeys(grids, RATES[stage][1])
+        if args.tuning_seeds:
+            grids["plain, other rate"] = [{BETA[stage]: beta} for beta in FEW[stage]]
+            rates["plain, other rate"] = next(rate for rate in RATES[stage] if rate != rates["plain"])
         plan = {
             method: [
                 [job(stage, folder, method, options, seed, rates[method]) for options in grid] for seed in args.seeds
