@@ -104,6 +104,7 @@ def make(run: Run, rows: int) -> float:
 
         run.folder.mkdir(parents=True, exist_ok=True)
         interpolate(str(toyworld.stage_checkpoint("sft")), run.folder.parent / "alpha_1", run.alpha, run.folder)
+        (run.folder / "measured.json").unlink(missing_ok=True)  # copied with the other files of the aligned model
         (run.folder / "made_with.json").write_text(json.dumps(run.made_with))
     start = time.perf_counter()
     if not complete(run, "model.safetensors"):

@@ -210,11 +210,8 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             totals = torch.stack([torch.as_tensor(count).to(device, torch.float32) for count in counts])
             self._step_totals = self.accelerator.reduce(totals, "sum")
         buffer.micro_step += 1
-        texts, rollout = self._texts[i] if self._texts else (None, None), send_to_device(batches[i], device)
-        if "completions" not in rollout:  # a checkpoint holds their tensors alone
-            names = "input_ids", "prompt_lengths", "completion_lengths"
-            batches[i]["completions"] = rollout["completions"] = Completions(*(rollout[name] for name in names))
-        return MicroBatch(rollout, *texts)
+        texts = self._texts[i] if self._texts else (None, None)
+        return MicroBatch(moved_rollout(batches[i], device), *texts)
 
     def _new_rollout(self, rows: list[dict[str, Any]]) -> None:
         """Fill the buffer with a new rollout; if the KL budget undoes the last update, sample it again."""
@@ -296,6 +293,15 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         """Sample and score a batch of eval prompts; the metrics are those of a rollout, with the prefix `eval_`."""
         self.rollouts.make(inputs, self.metrics["eval"], training=False)
         return None, None, None
+
+
+def moved_rollout(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a micro-batch of the rollout on the device; a checkpoint holds only the tensors of its completions."""
+    moved = send_to_device(batch, device)
+    if "completions" not in moved:
+        names = "input_ids", "prompt_lengths", "completion_lengths"
+        batch["completions"] = moved["completions"] = Completions(*(moved[name] for name in names))
+    return moved
 
 
 def make_kl_control(args: PPOConfig) -> FixedKL:
