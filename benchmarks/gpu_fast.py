@@ -1,13 +1,11 @@
 """The part `fast` of gpu.py: time, MFU and memory of the trainers' steps, with TRL's beside where it is there."""
 
 import tempfile
-import time
 from collections.abc import Iterator
 from statistics import median
 
 import torch
-from gpu_models import llama, parameters, release, tokens
-from measuring import bf16_peak
+from gpu_models import bf16_peak, llama, parameters, release, tokens, wait
 from transformers import TrainerCallback
 
 
@@ -17,17 +15,12 @@ class StepTimes(TrainerCallback):
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.start = device, [], None
 
-    def wait(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = self.wait()
+        self.start = wait(self.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > 2:
-            self.seconds.append(self.wait() - self.start)
+            self.seconds.append(wait(self.device) - self.start)
 
 
 def options_for(args, folder: str, batch: int, steps: int) -> dict:
@@ -121,7 +114,7 @@ def summary(args, name: str, seconds: float, run: dict) -> dict:
         "peak_gib": run["peak_gib"],
     }
     if args.device.type == "cuda":
-        row["mfu"] = run["flops"] / seconds / bf16_peak()
+        row["mfu"] = run["flops"] / seconds / bf16_peak(args.device)
     return row
 
 
@@ -135,7 +128,6 @@ def ppo_update(args, shape: str, batch: int, long: int) -> Iterator[dict]:
     tokenizer, new = build_tokenizer(), long // 8
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     rows = Dataset.from_list(text_rows(tokenizer, 4 * batch * 2, {"prompt": long // 4}))
-    clock = StepTimes(args.device)
     phases = {"sampling": [], "scoring": [], "optimisation": []}
 
     def reward(prompts, completions, **columns):
@@ -149,7 +141,7 @@ def ppo_update(args, shape: str, batch: int, long: int) -> Iterator[dict]:
         run = PPOTrainer(llama(shape, args.device, dtype), reward, config, rows, processing_class=tokenizer)
         for owner, name, phase in ((run.rollouts, "_sample", "sampling"), (run.rollouts, "make", "scoring"),
                                    (run, "training_step", "optimisation")):  # fmt: skip
-            setattr(owner, name, timed(getattr(owner, name), clock, phases[phase]))
+            setattr(owner, name, timed(getattr(owner, name), args.device, phases[phase]))
         run.train()
         count = parameters(run.model.policy)
     # The second of two updates; each has four steps, over two mini-batches in two epochs.
@@ -160,17 +152,17 @@ def ppo_update(args, shape: str, batch: int, long: int) -> Iterator[dict]:
            "optimisation_s": optimisation}  # fmt: skip
     if args.device.type == "cuda":
         row |= {
-            "optimisation_mfu": flops / optimisation / bf16_peak(),
+            "optimisation_mfu": flops / optimisation / bf16_peak(args.device),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
     yield row
 
 
-def timed(function, clock: StepTimes, seconds: list[float]):
+def timed(function, device: torch.device, seconds: list[float]):
     def call(*args, **kwargs):
-        start = clock.wait()
+        start = wait(device)
         found = function(*args, **kwargs)
-        seconds.append(clock.wait() - start)
+        seconds.append(wait(device) - start)
         return found
 
     return call

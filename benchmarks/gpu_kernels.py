@@ -1,12 +1,11 @@
 """The parts `decode` and `profile` of gpu.py: tokens/s against the bandwidth floor, the longest kernels, host gaps."""
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from gpu_fast import options_for
-from gpu_models import llama, pairs, parameters, release, tokens
+from gpu_models import llama, pairs, parameters, release, tokens, wait
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from transformers import GenerationConfig
@@ -50,12 +49,6 @@ def bandwidth(device: torch.device, size: int) -> float:
         target.copy_(source)
         seconds.append(wait(device) - start)
     return 2 * size / min(seconds)
-
-
-def wait(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def decoding_bytes(model, batch: int, prompt: int, new: int) -> float:

@@ -1,5 +1,9 @@
 """The models and rows of gpu.py: random weights in memory, random tokens."""
 
+import gc
+import math
+import time
+
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,10 +44,22 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def wait(device: torch.device) -> float:
+    """The clock, once all that the device was given to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bf16_peak(device: torch.device) -> float:
+    """FLOP/s of the device, NaN where it is not known."""
+    from lifecycle_hf.trainers.supervised.pretraining import peak_flops
+
+    return peak_flops(device) or math.nan
+
+
 def release() -> None:
     """Return what is no longer used to the device."""
-    import gc
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

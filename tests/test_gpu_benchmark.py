@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BLOCKED = ("bitsandbytes", "deepspeed", "lm_eval", "vllm", "flash_attn", "liger_kernel", "matplotlib")
+BLOCKED = ("bitsandbytes", "deepspeed", "lm_eval", "vllm", "flash_attn", "liger_kernel", "matplotlib", "scipy")
 BLOCK = f"""
 import runpy, sys
 from importlib.machinery import PathFinder

@@ -4,7 +4,6 @@ import math
 from itertools import product
 
 import numpy as np
-from scipy.optimize import minimize
 
 from lifecycle_hf.scaling.law import ScalingLaw
 
@@ -63,6 +62,8 @@ def _resample(best, x, y, delta, count, seed):
 
 def _minimised(starts, x, y, weights, delta):
     """The θ of least loss that BFGS finds from `starts`."""
+
+    from scipy.optimize import minimize  # only those who fit a law need it
 
     def scaled(theta):
         value, gradient = objective(theta[None], x, y, weights[None], delta)
