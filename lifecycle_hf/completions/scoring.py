@@ -48,9 +48,10 @@ class Sizes:
         """T, tokens of the longest completion."""
         return max(self.completions)
 
-    def places(self, starts: list[int], lengths: list[int]) -> torch.Tensor:
-        """Return the numbers from `starts[b]` on, `lengths[b]` of them, of all rows b."""
-        return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+
+def ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:
+    """Return the numbers from `starts[b]` on, `lengths[b]` of them, of all rows b."""
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Completions:
         return self.input_ids.flatten()[self._index(starts, self.sizes.completions)]
 
     def _index(self, starts: list[int], lengths: list[int]) -> torch.Tensor:
-        return on_device(self.sizes.places(starts, lengths), self.input_ids.device)
+        return on_device(ranges(starts, lengths), self.input_ids.device)
 
     @cached_property
     def packed(self) -> "Layout":
@@ -209,7 +210,7 @@ class InnerPrompts(NamedTuple):
         leaders = batch.leaders
         lengths = [n - 1 if leaders[row] == row else 0 for row, n in enumerate(batch.sizes.prompts)]
         rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        places = rows, batch.sizes.places([0] * len(lengths), lengths), torch.tensor(leaders)
+        places = rows, ranges([0] * len(lengths), lengths), torch.tensor(leaders)
         return cls(*(on_device(index, batch.input_ids.device) for index in places))
 
 
