@@ -47,7 +47,7 @@ CORNER = {"perplexity": 0.2, "benign_accuracy": 0.5, "facts": 0.5}
 
 
 def methods(stage: str, short: bool) -> dict[str, list[dict]]:
-    """The grid of each method."""
+    """The grid of each method; its learning rate is chosen with the last entry but one."""
     few = FEW[stage]
     betas = few if short else BETAS[stage]
 
@@ -197,7 +197,8 @@ def _cell(own, change, p) -> str:
         return "not reached"
     text = f"{own.estimate:.3f}"
     if p is not None and np.isfinite(change.estimate):
-        text += f" ({change.estimate:+.3f}: {change.low:+.3f} to {change.high:+.3f}; p {p:.2f})"
+        told = "p < .01" if p < 0.005 else f"p {p:.2f}"
+        text += f" ({change.estimate:+.3f}: {change.low:+.3f} to {change.high:+.3f}; {told})"
     return text
 
 
