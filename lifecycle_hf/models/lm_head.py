@@ -100,6 +100,13 @@ def _is_plain(base: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is None and _scaling(base) == (1, None)
 
 
+def product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `states @ weight`; on CUDA of half precision in fp32 at once, so that no copy in half precision exists."""
+    if states.is_cuda and states.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(states, weight, out_dtype=torch.float32)
+    return states @ weight
+
+
 class LinearLogProbs(torch.autograd.Function):
     """Compute `token_logprobs(states @ weight.T, tokens)` by chunks; the backward pass computes the logits again.
 
@@ -132,7 +139,7 @@ class LinearLogProbs(torch.autograd.Function):
     def logits(ctx, states, weight):
         """Return logits [rows, V] divided by the temperature, in fp32 (fp64 for fp64 states)."""
         with torch.autocast(states.device.type, enabled=False):
-            logits = states.to(ctx.dtype) @ weight.T
+            logits = product(states.to(ctx.dtype), weight.T)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if ctx.temperature == 1.0 else logits.div_(ctx.temperature)
 
