@@ -136,11 +136,16 @@ def take(batch: DecodingBatch, chosen: torch.Tensor, stops: torch.Tensor, pad: i
 
 
 def decode_captured(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs
+    model, input_ids, logits_processor, stopping_criteria, generation_config, repeats: int = 1, **inputs
 ) -> torch.Tensor:
-    """Run the decoding loop of transformers' sampling in captured steps. Returns [B, L + T], padded.
+    """Run the decoding loop of transformers' sampling in captured steps.
 
-    `logits_processor` must not read the tokens before, as that of a temperature does not.
+    Args:
+        logits_processor: it must not read the tokens before, as that of a temperature does not.
+        repeats: completions N of each of the B prompts, which are rows in a row.
+
+    Returns:
+        [B·N, L + T], padded.
     """
     device, room, pad = input_ids.device, generation_config.max_new_tokens, generation_config.pad_token_id
     stops = torch.as_tensor(generation_config.eos_token_id, device=device)
@@ -150,7 +155,8 @@ def decode_captured(
         return torch.multinomial(scores.softmax(-1), 1) if generation_config.do_sample else scores.argmax(-1, True)
 
     mask = inputs.get("attention_mask")  # `generate` leaves out a mask without padding
-    batch, logits = prefill(model, input_ids, torch.ones_like(input_ids) if mask is None else mask, room)
+    batch, logits = prefill(model, input_ids, torch.ones_like(input_ids) if mask is None else mask, room, repeats)
+    input_ids = input_ids.repeat_interleave(repeats, 0)
     rows, results = torch.arange(len(input_ids)), [None] * len(input_ids)
     take(batch, choose(logits), stops, pad)
     stepper, steps = DecodingStep(model, batch, choose, stops, pad), 1
@@ -172,23 +178,24 @@ def decode_captured(
 
 
 def prefill(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: int
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: int, repeats: int = 1
 ) -> tuple[DecodingBatch, torch.Tensor]:
-    """Return the batch after the prompts [B, L], which are padded on the left, and the logits [B, V] after them."""
+    """Return the batch after the prompts [B, L], which are padded on the left, and the logits [B·N, V] after them."""
     (size, length), device, cache = input_ids.shape, input_ids.device, DynamicCache(config=model.config)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
     logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=1, **options).logits[:, -1].float()
-    mask = torch.zeros(size, 1, 1, length + room, dtype=torch.bool, device=device)
-    mask[:, 0, 0, :length] = attention_mask.bool()
+    each = torch.arange(size, device=device).repeat_interleave(repeats)
+    mask = torch.zeros(len(each), 1, 1, length + room, dtype=torch.bool, device=device)
+    mask[:, 0, 0, :length] = attention_mask.bool()[each]
     batch = DecodingBatch(
-        static_cache(cache, length + room),
-        tokens=torch.zeros(size, 1, dtype=torch.long, device=device),
-        positions=positions[:, -1:] + 1,
+        static_cache(cache, length + room, each if repeats > 1 else None),
+        tokens=torch.zeros(len(each), 1, dtype=torch.long, device=device),
+        positions=positions[each, -1:] + 1,
         mask=mask,
         place=torch.tensor([length], device=device),
         written=torch.tensor([0], device=device),
-        ended=torch.zeros(size, dtype=torch.bool, device=device),
-        output=torch.full((size, room), 0, device=device),
+        ended=torch.zeros(len(each), dtype=torch.bool, device=device),
+        output=torch.full((len(each), room), 0, device=device),
     )
-    return batch, logits
+    return batch, logits[each]

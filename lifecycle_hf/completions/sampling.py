@@ -1,4 +1,11 @@
-"""Sampling of completions with transformers' generation or a vLLM server."""
+"""Sampling of completions with transformers' generation or a vLLM server.
+
+Several completions of a prompt share its prefill: the prompt runs through the model once, and its cache is repeated.
+"""
+
+import warnings
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -10,6 +17,7 @@ from lifecycle_hf.data.collators import length_mask, pad_sequences
 
 COMPACT_FROM = 1 / 8
 """Share of the rows of a batch that must have finished before those rows are dropped."""
+_shares_prompts: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer, stop_tokens: list[str] | None = None) -> list[int]:
@@ -34,19 +42,48 @@ def stop_token_ids(model: PreTrainedModel, tokenizer, stop_tokens: list[str] | N
     return sorted(ids)
 
 
-def _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs) -> torch.Tensor:
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Return whether the state after a prompt can be repeated for several completions; the first call probes it.
+
+    Recurrent and hybrid models keep a state of another kind, and a warning says that each completion reads the prompt.
+    """
+    if model not in _shares_prompts:
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+        _shares_prompts[model] = _can_drop_rows(dict(model(tokens, use_cache=True, return_dict=True).items()))
+        if not _shares_prompts[model]:
+            warnings.warn(
+                f"The state of {type(model).__name__} after a prompt can't be repeated: the prompt is read again for "
+                "each of its completions, which is slower.",
+                stacklevel=3,
+            )
+    return _shares_prompts[model]
+
+
+def _decode(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, repeats: int = 1, **inputs
+) -> torch.Tensor:
     """Run the decoding loop of transformers' sampling, but drop finished rows from the batch.
 
-    When an eighth of the current rows have finished, they are removed from the cache. Returns [B, L], padded.
+    When an eighth of the current rows have finished, they are removed from the cache.
+
+    Args:
+        repeats: completions N of each of the B prompts, which are rows in a row.
+
+    Returns:
+        [B·N, L], padded.
     """
-    rows, finished = torch.arange(len(input_ids)), torch.zeros(len(input_ids), dtype=torch.bool)
-    results, ids, first = [None] * len(rows), input_ids, True
+    size = len(input_ids) * repeats
+    rows, finished = torch.arange(size), torch.zeros(size, dtype=torch.bool)
+    results, ids, first = [None] * size, input_ids, True
     while len(rows):
         step = {"next_sequence_length": 1 if inputs["use_cache"] and not first else None, "is_first_iteration": first}
         prepared = model.prepare_inputs_for_generation(ids, **step, **inputs)
-        outputs, first = model(**prepared, return_dict=True), False
-        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
-        scores = logits_processor(ids, outputs.logits[:, -1].float())
+        outputs = model(**prepared, return_dict=True)
+        inputs, logits = model._update_model_kwargs_for_generation(outputs, inputs), outputs.logits[:, -1].float()
+        if first and repeats > 1:
+            each = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
+            inputs, ids, logits = _select_rows(inputs, each, len(ids)), ids[each], logits[each]
+        scores, first = logits_processor(ids, logits), False
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), 1)
         else:
@@ -74,7 +111,7 @@ def _can_drop_rows(inputs: dict) -> bool:
 
 
 def _select_rows(inputs: dict, kept: torch.Tensor, rows: int) -> dict:
-    """Return the inputs of the next decoding step for the rows `kept` out of `rows`."""
+    """Return the inputs of the next decoding step for the rows `kept` out of `rows`; a row may be there repeatedly."""
     if len(kept) and inputs.get("past_key_values") is not None:
         inputs["past_key_values"].batch_select_indices(kept)
     of_rows = {k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) == rows}
@@ -90,11 +127,12 @@ def generate(
     temperature: float,
     stop_token_ids: list[int],
     pad_token_id: int,
+    num_generations: int = 1,
     generator_seed: int | None = None,
     batch_size: int | None = None,
     captured: bool | None = None,
 ) -> list[list[int]]:
-    """Sample one completion for each prompt from softmax(logits / temperature), untruncated (top_k=0, top_p=1).
+    """Sample completions of each prompt from softmax(logits / temperature), untruncated (top_k=0, top_p=1).
 
     The model's own generation config is not used. A completion ends with its stop token if it has one; its length is
     determined by that token and not by padding.
@@ -103,10 +141,15 @@ def generate(
         model: causal LM or PEFT model over one.
         prompt_ids: token lists.
         temperature: above 0, or 0 for greedy decoding.
+        num_generations: completions N of each prompt, which share its prefill. They are those that N copies of the
+            prompt in a row would get from the same random numbers.
         generator_seed: seed of this call, which then leaves torch's random state unchanged.
         batch_size: number of prompts decoded together; by default all.
         captured: decode in steps of fixed shapes over a static cache, which CUDA replays as a graph; by default where
             there is CUDA and the model can.
+
+    Returns:
+        P·N token lists, the N completions of a prompt in a row.
 
     Raises:
         ValueError: `captured` is set, and the model can't.
@@ -119,12 +162,15 @@ def generate(
         raise ValueError(f"captured=True: {type(model).__name__} does not decode in steps of fixed shapes by SDPA.")
     options = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     options |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": pad_token_id}
-    decode = decode_captured if captured else _decode
     own, training, completions = model.generation_config, model.training, []
     # `generate` fills the unset options of a given config from the model's own, so that one is replaced.
     model.generation_config = GenerationConfig(**options, eos_token_id=list(stop_token_ids))
     model.eval()
     cuda, size = [device.index or 0] if device.type == "cuda" else [], batch_size or len(prompt_ids)
+    if num_generations > 1 and not shares_prompts(model):
+        prompt_ids = [row for row in prompt_ids for _ in range(num_generations)]
+        size, num_generations = size * num_generations, 1
+    decode = partial(decode_captured if captured else _decode, repeats=num_generations)
     try:
         with torch.random.fork_rng(cuda, enabled=generator_seed is not None):
             if generator_seed is not None:
@@ -173,9 +219,10 @@ class VLLMSampler:
         max_new_tokens: int,
         temperature: float,
         stop_token_ids: list[int],
+        num_generations: int = 1,
         generator_seed: int | None = None,
     ) -> list[list[int]]:
-        """Return one completion for each prompt of this process.
+        """Return `num_generations` completions in a row for each prompt of this process.
 
         Args:
             weights: the policy's weights under the names of the plain model, tied weights once.
@@ -190,7 +237,9 @@ class VLLMSampler:
             extra |= {} if generator_seed is None else {"seed": generator_seed}
             prompts = [row for part in rows for row in part]
             options = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": None}
+            options["n"] = num_generations
             found = [self.client.generate(prompts, **options, generation_kwargs=extra)["completion_ids"]]
         completions = iter(broadcast_object_list(found)[0])
-        parts = [[_until_stop(next(completions), stop_token_ids) for _ in part] for part in rows]
+        counts = [len(part) * num_generations for part in rows]
+        parts = [[_until_stop(next(completions), stop_token_ids) for _ in range(count)] for count in counts]
         return parts[self.accelerator.process_index]

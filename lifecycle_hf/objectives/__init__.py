@@ -2,8 +2,12 @@
 
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.objectives.policy import (
+    aggregate_tokens,
     discounted_returns,
     generalized_advantage_estimate,
+    group_advantages,
+    group_deviations,
+    importance_ratio,
     kl_estimate,
     ppo_policy_loss,
     ppo_value_loss,
@@ -15,12 +19,16 @@ from lifecycle_hf.objectives.reward import bradley_terry_loss
 from lifecycle_hf.objectives.unpaired import class_balance, kto_loss, kto_reference_point
 
 __all__ = [
+    "aggregate_tokens",
     "bradley_terry_loss",
     "causal_lm_loss",
     "class_balance",
     "discounted_returns",
     "dpo_loss",
     "generalized_advantage_estimate",
+    "group_advantages",
+    "group_deviations",
+    "importance_ratio",
     "ipo_loss",
     "kl_estimate",
     "kto_loss",

@@ -121,22 +121,145 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, *, mean: float, variance: f
     return torch.where(mask.bool(), (values - mean) * (variance + 1e-8) ** -0.5, 0.0)
 
 
-def ppo_policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *, clip_range: float = 0.2
+def group_advantages(
+    returns: torch.Tensor, group_size: int, *, estimator: str = "rloo", scale: torch.Tensor | float | None = None
 ) -> torch.Tensor:
-    """Return the clipped surrogate loss per token: −min(ρÂ, clip(ρ, 1−ε, 1+ε)Â), ρ = exp(log π − log π_old).
+    """Return the advantage of each completion over the others of its prompt.
+
+    rloo: Â_i = R_i − mean_{j≠i} R_j. grpo: Â_i = (R_i − mean_j R_j) / (s + 1e-4), undivided in Dr. GRPO. Equal returns
+    in a group give exactly 0.
+
+    Args:
+        returns: [P·N], the N completions of a prompt in a row.
+        group_size: N, 2 at least.
+        estimator: "rloo" or "grpo".
+        scale: s of grpo; by default the sample deviation of each group, as in TRL. 0 divides by nothing.
+
+    Returns:
+        [P·N].
+
+    Raises:
+        ValueError: there is no other completion, or the groups are not whole.
+
+    Reference: https://arxiv.org/abs/2402.14740, Eq. 8 (rloo); https://arxiv.org/abs/2402.03300, Section 4.1.2 (grpo);
+    https://arxiv.org/abs/2503.20783 (no division).
+    """
+    if group_size < 2 or len(returns) % group_size:
+        raise ValueError(f"{len(returns)} returns do not make groups of {group_size} with 2 completions or more.")
+    groups = returns.view(-1, group_size)
+    apart = groups - groups[:, :1]  # exactly 0 where all are equal, which a difference to the mean is not
+    centred = apart - apart.mean(1, keepdim=True)
+    if estimator == "rloo":
+        centred = centred * (group_size / (group_size - 1))
+    else:
+        deviation = group_deviations(returns, group_size)[:, None] if scale is None else scale
+        centred = centred if isinstance(scale, float | int) and scale == 0 else centred / (deviation + 1e-4)
+    return centred.flatten()
+
+
+def group_deviations(returns: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return the sample deviation of the returns [P·N] of each prompt, [P]; exactly 0 where all are equal."""
+    groups = returns.view(-1, group_size)
+    return (groups - groups[:, :1]).std(1)
+
+
+def importance_ratio(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor | None = None, *, level: str = "token"
+) -> torch.Tensor:
+    """Return the probability ratio ρ of the new policy to the old one.
+
+    token: ρ_t = exp(l_t), l = log π − log π_old. sequence: exp of the mean of l over the completion (GSPO).
+    trajectory: exp of the sum of l, for which the whole completion is one action (RLOO).
+
+    Args:
+        logprobs, old_logprobs: [B, T].
+        mask: [B, T], true on completion tokens; "token" does not need it.
+        level: "token", "sequence" or "trajectory".
+
+    Returns:
+        [B, T]; the ratio of a completion stands at each of its tokens.
+
+    Raises:
+        ValueError: the level is unknown.
+
+    Reference: https://arxiv.org/abs/1707.06347, Section 3; https://arxiv.org/abs/2507.18071, Eq. 7;
+    https://arxiv.org/abs/2402.14740, Section 2.
+    """
+    difference = logprobs - old_logprobs
+    if level == "token":
+        return torch.exp(difference)
+    if level not in ("sequence", "trajectory"):
+        raise ValueError(f"level={level!r} is unknown: use 'token', 'sequence' or 'trajectory'.")
+    total = torch.where(mask.bool(), difference, 0.0).sum(1, keepdim=True)
+    total = total / mask.sum(1, keepdim=True) if level == "sequence" else total
+    return torch.exp(total).expand_as(difference)
+
+
+def ppo_policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    level: str = "token",
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the clipped surrogate loss per token: −min(ρÂ, clip(ρ, 1−ε, 1+ε_high)Â), ρ of [`importance_ratio`].
 
     Args:
         logprobs, old_logprobs, advantages: [B, T].
         clip_range: ε.
+        clip_range_high: ε_high, ε by default; a larger one ("clip-higher") lets unlikely tokens gain more.
+        level: level of ρ.
+        mask: [B, T], needed at the levels above "token".
 
     Returns:
         [B, T].
 
-    Reference: PPO, https://arxiv.org/abs/1707.06347, Eq. 7.
+    Reference: PPO, https://arxiv.org/abs/1707.06347, Eq. 7; DAPO, https://arxiv.org/abs/2503.14476, Eq. 10.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    ratio = importance_ratio(logprobs, old_logprobs, mask, level=level)
+    high = clip_range if clip_range_high is None else clip_range_high
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + high) * advantages)
+
+
+def aggregate_tokens(
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    aggregation: str = "token",
+    tokens: torch.Tensor | float,
+    completions: int,
+    max_length: int,
+) -> torch.Tensor:
+    """Return what the rows of a micro-batch add to the loss of a mini-batch; the sum over all of them is that loss.
+
+    token: the mean over all tokens. sequence: the mean over completions of their means, GRPO's; it makes the tokens of
+    short completions weigh more. constant: the sum over tokens / (completions · max_length), that of Dr. GRPO.
+
+    Args:
+        losses, mask: [B, T].
+        aggregation: "token", "sequence" or "constant".
+        tokens, completions: those of the whole mini-batch: all its micro-batches, on all ranks.
+        max_length: tokens that a completion may have.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: the aggregation is unknown.
+
+    Reference: https://arxiv.org/abs/2402.03300, Eq. 3 (sequence); https://arxiv.org/abs/2503.14476, Eq. 8 (token);
+    https://arxiv.org/abs/2503.20783, Section 3.2 (constant).
+    """
+    if aggregation == "token":
+        return (losses * mask).sum() / tokens
+    if aggregation == "sequence":
+        return ((losses * mask).sum(1) / mask.sum(1)).sum() / completions
+    if aggregation == "constant":
+        return (losses * mask).sum() / (completions * max_length)
+    raise ValueError(f"aggregation={aggregation!r} is unknown: use 'token', 'sequence' or 'constant'.")
 
 
 def ppo_value_loss(

@@ -116,14 +116,14 @@ LINEAR = {
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "num_experts": 0}
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
-        lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL, **HEADS, layer_types=["conv", "full_attention"])),
-        lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, **HEADS, **LINEAR, **HYBRID)),
-    ],
-)
+RECURRENT = [
+    lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
+    lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL, **HEADS, layer_types=["conv", "full_attention"])),
+    lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, **HEADS, **LINEAR, **HYBRID)),
+]
+
+
+@pytest.mark.parametrize("make", RECURRENT)
 def test_recurrent_models_keep_finished_rows_until_all_have_ended(make):
     torch.manual_seed(0)
     model = make().eval()
@@ -135,3 +135,32 @@ def test_recurrent_models_keep_finished_rows_until_all_have_ended(make):
         assert torch.isfinite(logits).all() and (row[-1] in range(2, 9) or len(row) == 12)
     greedy = OPTIONS | {"temperature": 0.0, "stop_token_ids": [2]}
     assert generate(model, [[5, 6], [9, 8]], **greedy) == [generate(model, [p], **greedy)[0] for p in ([5, 6], [9, 8])]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_of_one_prompt_are_those_of_its_copies(tiny_llama, captured, temperature):
+    model, prompts = tiny_llama[0](), [[7, 8, 9], [10], [11, 12]]
+    options = OPTIONS | {"temperature": temperature, "generator_seed": 3, "captured": captured}
+    copies = generate(model, [row for row in prompts for _ in range(4)], **options)
+    assert generate(model, prompts, **options, num_generations=4) == copies
+    if temperature:
+        assert len(set(map(tuple, copies))) > 6
+
+
+def test_a_prompt_is_read_once_for_all_its_completions(tiny_llama):
+    model, sizes = tiny_llama[0](), []
+    generate(model, [[5]], **OPTIONS, num_generations=2)  # which probes the model
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: sizes.append(tuple(args[0].shape)))
+    generate(model, [[7, 8, 9], [10, 11]], **OPTIONS, num_generations=4, batch_size=1)
+    assert sizes[0] == (1, 3) and sizes[1] == (4, 1) and sizes.count((1, 2)) == 1
+
+
+@pytest.mark.parametrize("make", RECURRENT)
+def test_recurrent_models_read_the_prompt_for_each_completion(make):
+    model, options = make().eval(), OPTIONS | {"generator_seed": 3, "max_new_tokens": 5}
+    prompts = [[7, 8, 9], [10, 11, 12]]
+    copies = generate(model, [row for row in prompts for _ in range(3)], **options)
+    with pytest.warns(UserWarning, match="can't be repeated"):
+        assert generate(model, prompts, **options, num_generations=3) == copies
+    assert generate(model, prompts, **options, num_generations=3) == copies  # and warns no more
