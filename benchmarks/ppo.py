@@ -229,11 +229,11 @@ def lora(setting: Setting) -> peft.LoraConfig | None:
 
 def ours(setting: Setting, args, paths: dict, rows: list[dict], connection, folder: str):
     from lifecycle_hf import PPOConfig, PPOTrainer
-    from lifecycle_hf.trainers.policy import rollout
+    from lifecycle_hf.trainers.policy import rollout, sampler
 
     epochs, tokenizer = setting.epochs or args.epochs, AutoTokenizer.from_pretrained(paths["tokenizer"])
     probe, half = Probe(args, connection, epochs), setting.bf16 or args.cuda
-    rollout.generate = probe.generating(rollout.generate, lambda given, ids: ids)
+    sampler.generate = probe.generating(sampler.generate, lambda given, ids: ids)
     rollout.RolloutMaker.make = probe.marking(rollout.RolloutMaker.make)
     own = {"value": setting.value, "ppo_epochs": epochs, "max_steps": epochs * (args.updates + 1)}
     own |= {"max_prompt_length": args.prompt_tokens, "max_completion_length": args.new_tokens}

@@ -28,9 +28,9 @@ class Gain(NamedTuple):
 
 
 def no_merging() -> None:
-    from lifecycle_hf.trainers.policy.rollout import RolloutMaker
+    from lifecycle_hf.trainers.policy.sampler import PolicySampler
 
-    RolloutMaker._merges = lambda self, actor_critic: False
+    PolicySampler._merges = lambda self, models: False
 
 
 def no_compacting() -> None:

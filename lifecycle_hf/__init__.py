@@ -24,6 +24,7 @@ _HOMES = {
     "trainers.base.callbacks": "TaxMonitor",
     "trainers.base.mitigations": "ProjectionCallback",
     "trainers.policy.config": "PPOConfig",
+    "trainers.policy.groups": "GRPOConfig GRPOTrainer RLOOConfig RLOOTrainer",
     "trainers.policy.ppo": "PPOTrainer",
     "trainers.preference.config": "KTOConfig PreferenceConfig",
     "trainers.preference.kto": "KTOTrainer",

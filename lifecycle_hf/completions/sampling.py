@@ -4,6 +4,7 @@ Several completions of a prompt share its prefill: the prompt runs through the m
 """
 
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -162,29 +163,38 @@ def generate(
         raise ValueError(f"captured=True: {type(model).__name__} does not decode in steps of fixed shapes by SDPA.")
     options = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     options |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": pad_token_id}
-    own, training, completions = model.generation_config, model.training, []
-    # `generate` fills the unset options of a given config from the model's own, so that one is replaced.
-    model.generation_config = GenerationConfig(**options, eos_token_id=list(stop_token_ids))
-    model.eval()
+    config, completions = GenerationConfig(**options, eos_token_id=list(stop_token_ids)), []
     cuda, size = [device.index or 0] if device.type == "cuda" else [], batch_size or len(prompt_ids)
     if num_generations > 1 and not shares_prompts(model):
         prompt_ids = [row for row in prompt_ids for _ in range(num_generations)]
         size, num_generations = size * num_generations, 1
     decode = partial(decode_captured if captured else _decode, repeats=num_generations)
+    with _decoding(model, config), torch.random.fork_rng(cuda, enabled=generator_seed is not None):
+        if generator_seed is not None:
+            torch.manual_seed(generator_seed)
+        for start in range(0, len(prompt_ids), size):
+            rows = prompt_ids[start : start + size]
+            ids = pad_sequences(rows, pad_token_id, side="left").to(device)
+            mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
+            output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=decode)
+            completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+    return completions
+
+
+@contextmanager
+def _decoding(model: PreTrainedModel, config: GenerationConfig):
+    """Put the model in eval mode with the generation config `config`.
+
+    `generate` fills the unset options of a config that it is given from the model's own, so the own one is replaced.
+    """
+    own, training = model.generation_config, model.training
+    model.generation_config = config
+    model.eval()
     try:
-        with torch.random.fork_rng(cuda, enabled=generator_seed is not None):
-            if generator_seed is not None:
-                torch.manual_seed(generator_seed)
-            for start in range(0, len(prompt_ids), size):
-                rows = prompt_ids[start : start + size]
-                ids = pad_sequences(rows, pad_token_id, side="left").to(device)
-                mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
-                output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=decode)
-                completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+        yield
     finally:
         model.generation_config = own
         model.train(training)
-    return completions
 
 
 def _until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:

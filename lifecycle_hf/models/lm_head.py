@@ -101,7 +101,7 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `states @ weight`; on CUDA of half precision in fp32 at once, so that no copy in half precision exists."""
+    """Return `states @ weight`; of half precision on CUDA in fp32 at once, without a copy in half precision."""
     if states.is_cuda and states.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(states, weight, out_dtype=torch.float32)
     return states @ weight

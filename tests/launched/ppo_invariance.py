@@ -1,7 +1,7 @@
 """One optimizer step of PPO on recorded completions, then a real rollout; prints what ranks must not change.
 
 Arguments: output folder, per-device batch, paths of base and reward model, then the modes, by commas: "full", "lora",
-"head" (LoRA and a value head), "resume" (a whole run of LoRA with a value adapter, and one that was resumed).
+"head" (LoRA and a value head), "grpo", "resume" (a whole run of LoRA with a value adapter, and one that was resumed).
 """
 
 import json
@@ -10,8 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from lifecycle_hf.trainers.policy import rollout
+from lifecycle_hf.trainers.policy import sampler
 from lifecycle_hf.trainers.policy.config import PPOConfig
+from lifecycle_hf.trainers.policy.groups import GRPOConfig, GRPOTrainer
 from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
@@ -19,12 +20,13 @@ TEXTS = ["The capital of France is Paris.", "Two and three make five.", "hello t
 NAMES = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
 NAMES += ("completions/distinct", "completions/distinct_first_half", "completions/most_common")
 NAMES += ("reward/length_correlation",)
-sampled = rollout.generate
+sampled = sampler.generate
 
 
-def recorded(policy, prompt_ids, **options):
-    """The completion of a prompt depends on the prompt alone; lengths are ragged."""
-    return [[(7 * sum(ids) + i) % 200 + 50 for i in range(1 + sum(ids) % 5)] for ids in prompt_ids]
+def recorded(policy, prompt_ids, *, num_generations, **options):
+    """The completions of a prompt depend on the prompt alone; lengths are ragged."""
+    seeds = [sum(ids) + 3 * k for ids in prompt_ids for k in range(num_generations)]
+    return [[(7 * seed + i) % 200 + 50 for i in range(1 + seed % 5)] for seed in seeds]
 
 
 def local(parameter):
@@ -70,28 +72,30 @@ def resume(output, batch, model, reward, mode):
 
 
 def run(output, batch, model, reward, mode):
-    args = PPOConfig(
+    config, kind = (GRPOConfig, GRPOTrainer) if mode == "grpo" else (PPOConfig, PPOTrainer)
+    options = {"grpo": {"num_generations": 2, "kl_coef": 0.1}, "head": {"value": "head"}}.get(mode, {})
+    args = config(
         output, per_device_train_batch_size=int(batch), max_steps=1, learning_rate=1e-3, max_completion_length=6,
         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", log_completions=False, ptx_coef=0.5,
         entropy_coef=0.01, lr_scheduler_type="constant", activation_checkpointing=mode == "lora", disable_tqdm=True,
-        value="head" if mode == "head" else None,
+        **options,
     )  # fmt: skip
-    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode != "full" else None
-    trainer = PPOTrainer(
+    peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode in ("lora", "head") else None
+    trainer = kind(
         model, reward, args, Dataset.from_dict({"prompt": PROMPTS}), peft_config=peft,
         ptx_dataset=Dataset.from_dict({"text": TEXTS}),
     )  # fmt: skip
-    rollout.generate = recorded
+    sampler.generate = recorded
     trainer.train()
     assert trainer.is_fsdp_enabled == any(isinstance(p, DTensor) for p in trainer.model.parameters())
-    rollout.generate = sampled
-    rows = [trainer.train_dataset[i] for i in range(args.local_rollout_size)]
+    sampler.generate = sampled
+    rows = [trainer.train_dataset[i] for i in range(args.local_prompts)]
     lengths = [b["completion_lengths"].tolist() for b in trainer.rollouts.make(rows, trainer.metrics["eval"])]
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         entry = trainer.state.log_history[0]
-        found = {name: entry[name] for name in NAMES} | {"sampled": lengths}
+        found = {name: entry[name] for name in NAMES if name in entry} | {"sampled": lengths}
         print(f"RESULT {mode} " + json.dumps(found | launched_as(trainer)))
     return trainer
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from lifecycle_hf.objectives.policy import (
+    aggregate_tokens,
     discounted_returns,
     generalized_advantage_estimate,
+    group_advantages,
+    importance_ratio,
     kl_estimate,
     ppo_policy_loss,
     ppo_value_loss,
@@ -137,3 +140,57 @@ def test_gradcheck_and_batch_split(loss):
     x, old, target = (torch.randn(4, 3, generator=generator, dtype=torch.double) for _ in range(3))
     assert torch.autograd.gradcheck(lambda x: loss(x, old, target), x.requires_grad_())
     close(torch.cat([loss(x[:2], old[:2], target[:2]), loss(x[2:], old[2:], target[2:])]), loss(x, old, target))
+
+
+def test_leave_one_out_advantages_by_hand():
+    # 1 − (2 + 6)/2 = −3; 2 − (1 + 6)/2 = −1.5; 6 − (1 + 2)/2 = 4.5
+    advantages = group_advantages(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3, estimator="rloo")
+    close(advantages, torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
+    close(advantages.view(2, 3).sum(1), torch.zeros(2))
+
+
+def test_group_relative_advantages_by_hand():
+    # mean 3, sample deviation sqrt((4 + 1 + 9) / 2) = 2.6457513
+    returns = torch.tensor([1.0, 2.0, 6.0])
+    close(group_advantages(returns, 3, estimator="grpo"), torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4))
+    close(group_advantages(returns, 3, estimator="grpo", scale=0), torch.tensor([-2.0, -1.0, 3.0]))
+    close(group_advantages(returns, 3, estimator="grpo", scale=2.0), torch.tensor([-2.0, -1.0, 3.0]) / 2.0001)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_equal_returns_have_no_advantage_to_the_last_bit(estimator):
+    for value in torch.rand(200, generator=torch.Generator().manual_seed(0)):
+        assert group_advantages(value.expand(7), 7, estimator=estimator).count_nonzero() == 0
+    with pytest.raises(ValueError, match="groups of 1"):
+        group_advantages(torch.ones(4), 1)
+    with pytest.raises(ValueError, match="5 returns do not make groups of 2"):
+        group_advantages(torch.ones(5), 2)
+
+
+def test_ratio_levels_by_hand():
+    # log-ratios ln 2, ln 8 of two tokens: mean ln 4, sum ln 16; the third is padding
+    new, mask = torch.log(torch.tensor([[2.0, 8.0, 5.0]])), torch.tensor([[1, 1, 0]])
+    old = torch.zeros(1, 3)
+    close(importance_ratio(new, old), torch.tensor([[2.0, 8.0, 5.0]]))
+    close(importance_ratio(new, old, mask, level="sequence"), torch.full((1, 3), 4.0))
+    close(importance_ratio(new, old, mask, level="trajectory"), torch.full((1, 3), 16.0))
+    with pytest.raises(ValueError, match="level='word' is unknown"):
+        importance_ratio(new, old, mask, level="word")
+
+
+def test_clip_higher_by_hand():
+    # ρ = 2: clipped to 1 + .5 for Â = 1; ρ = ½ and Â = −1: the clip at 1 − .2 gives .8
+    logprobs, advantages = torch.log(torch.tensor([[2.0, 0.5]])), torch.tensor([[1.0, -1.0]])
+    loss = ppo_policy_loss(logprobs, torch.zeros(1, 2), advantages, clip_range=0.2, clip_range_high=0.5)
+    close(loss, torch.tensor([[-1.5, 0.8]]))
+
+
+@pytest.mark.parametrize(("aggregation", "expected"), [("token", 22 / 5), ("sequence", 7.25), ("constant", 22 / 20)])
+def test_aggregations_of_ragged_rows_by_hand(aggregation, expected):
+    # rows 1, 2, 3, 4 (mean 2.5, sum 10) and 12: 22 / 5 tokens; (2.5 + 12) / 2 completions; 22 / (2 · 10)
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [12.0, 7.0, 7.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    options = {"aggregation": aggregation, "tokens": 5, "completions": 2, "max_length": 10}
+    parts = [aggregate_tokens(losses[i : i + 1], mask[i : i + 1], **options) for i in (0, 1)]
+    close(sum(parts), aggregate_tokens(losses, mask, **options))
+    close(sum(parts), torch.tensor(expected))

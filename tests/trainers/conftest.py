@@ -15,14 +15,14 @@ CONFIGS = {"NO": "cpu", "MULTI_CPU": "cpu_ddp", "FSDP": "cpu_ddp", "ZERO2": "cpu
 BATCH = {"ppo": 8, "preference": 4, "pretraining": 8, "projection": 8}
 """Rows of a step, over all processes."""
 WHOLE = {
-    "ppo": "full,lora,head,resume",
+    "ppo": "full,lora,head,grpo,resume",
     "preference": "dpo,dpo_cached,dpo_lora,kto,orpo",
     "pretraining": "causal,ul2,ewc",
     "projection": "gradient,update",
 }
 QUICK = {
-    "NO": WHOLE | {"ppo": "full,lora,head"},
-    "MULTI_CPU": WHOLE | {"ppo": "full,lora,resume"},
+    "NO": WHOLE | {"ppo": "full,lora,head,grpo"},
+    "MULTI_CPU": WHOLE | {"ppo": "full,lora,grpo,resume"},
     "ZERO2": {"preference": "dpo,kto"},
     "ZERO3": {"ppo": "full,lora"},
 }

@@ -102,6 +102,16 @@ RULES = (
         ("length_column_name",), "train_sampling_strategy", _if("train_sampling_strategy", "random", "sequential"),
         'set train_sampling_strategy to "group_by_length"',
     ),
+    Rule(
+        ("value", "value_learning_rate", "vf_coef", "cliprange_value", "lam", "bootstrap_truncated"),
+        "advantage_estimator", _unless("advantage_estimator", "gae"), 'choose "gae", which has a value function',
+    ),
+    Rule(
+        ("gamma",), "advantage_estimator", _if("advantage_estimator", "rloo", "grpo"),
+        "the completion is one action for this estimator; choose another",
+    ),
+    Rule(("scale_rewards",), "advantage_estimator", _unless("advantage_estimator", "grpo"), 'choose "grpo"'),
+    Rule(("use_bias_correction_kl",), "kl_in_loss", _unless("kl_in_loss", True), "set kl_in_loss"),
 )  # fmt: skip
 """Rules for every run: an option with a value that is not its default is refused if it has no effect."""
 

@@ -11,6 +11,7 @@ from lifecycle_hf.trainers.policy.config import PPOConfig
 
 LAYOUT = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs",
+    "num_generations",
 )  # fmt: skip
 """Options that must stay the same when a run resumes within a rollout."""
 
@@ -27,7 +28,7 @@ class RolloutSampler(Sampler):
     """
 
     def __init__(self, rows: int, args: PPOConfig, epoch: Callable[[], int]):
-        self.rows, self.rollout_size = rows, args.local_rollout_size * args.world_size
+        self.rows, self.rollout_size = rows, args.local_prompts * args.world_size
         self.repeats = args.steps_per_update * args.gradient_accumulation_steps
         self.seed, self.epoch = args.seed if args.data_seed is None else args.data_seed, epoch
 
@@ -98,7 +99,7 @@ class RolloutBuffer:
         Raises:
             ValueError: the options of the rollout's layout differ, so that its losses would be weighed wrongly.
         """
-        layout = state.get("layout", self.layout)
+        layout = {"num_generations": 1} | state.get("layout", self.layout)  # older rollouts have no groups
         if layout != self.layout:
             was, now = (", ".join(f"{name}={value}" for name, value in x.items()) for x in (layout, self.layout))
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.completions.rewards import CallableReward
+from lifecycle_hf.completions.scorer import RewardSource
 from lifecycle_hf.completions.scoring import unwrapped
 from lifecycle_hf.data.schemas import refuse_stream, to_prompts
 from lifecycle_hf.data.tokenize import tokenize_prompts
@@ -36,15 +36,6 @@ VALUE_IS = {"head": "a head on the reference's states", "adapter": "an adapter o
 ROLES = ("base", "policy", "value", "reference", "default")
 
 
-@dataclass
-class RewardSource:
-    """A reward function: a callable, or the name of a reward model in the [`ActorCritic`] and its tokenizer."""
-
-    name: str
-    function: CallableReward | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-
 class ActorCriticBuilder(PolicyBuilder):
     """Turn the arguments of [`PPOTrainer`] into the module that PPO runs.
 
@@ -58,7 +49,9 @@ class ActorCriticBuilder(PolicyBuilder):
         self.rewards: list[RewardSource] = []
         self.reward_models: dict[str, nn.Module] = {}
         self._add_rewards(reward_funcs, reward_processing_classes)
-        kind, roles = self._value_kind(), {"shared": self.shared, **self.reference(ref_model)}
+        kind, roles = self._value_kind(), {"shared": self.shared}
+        if ref_model is not None or self.args.needs_reference:
+            roles |= self.reference(ref_model)
         separate = self._value_model(value_model) if kind == "model" else None
         if kind == "adapter":
             self._add_value_role()

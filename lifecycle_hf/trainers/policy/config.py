@@ -1,4 +1,4 @@
-"""Options of [`PPOTrainer`]."""
+"""Options of [`PPOTrainer`], of which [`RLOOTrainer`] and [`GRPOTrainer`] have other defaults."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,18 @@ from transformers import TrainingArguments
 
 from lifecycle_hf.trainers.base.options import PolicyConfig, option
 
+GROUPED = ("rloo", "grpo")
+"""Advantage estimators that compare the completions of one prompt."""
+
 
 @dataclass
 class PPOConfig(PolicyConfig):
     """Hold the options of PPO and those of `transformers.TrainingArguments`; `--help` of the recipe describes each.
 
-    One *update* is a rollout of `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` prompts
-    per process, and the `ppo_epochs × num_mini_batches` optimizer steps on it. `max_steps`, `logging_steps`,
-    `save_steps` and `eval_steps` count optimizer steps, as everywhere in transformers.
+    One *update* is a rollout of `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches`
+    completions per process, `num_generations` of each prompt, and the `ppo_epochs × num_mini_batches` optimizer steps
+    on it. `max_steps`, `logging_steps`, `save_steps` and `eval_steps` count optimizer steps, as everywhere in
+    transformers.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
@@ -34,6 +38,7 @@ class PPOConfig(PolicyConfig):
         "'model'; by default 'adapter' with PEFT, else 'model'.",
         choices=("head", "adapter", "model"),
     )
+    num_generations: int = option(1, "Completions of each prompt in a rollout; an evaluation samples one.")
     max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all prompts.")
     max_completion_length: int = option(256, "Maximum number of tokens in a completion.")
     chat_template_kwargs: dict | str | None = option(
@@ -53,21 +58,54 @@ class PPOConfig(PolicyConfig):
     ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimizer steps per pass over a rollout.")
     cliprange: float = option(0.2, "Clip range ε of the probability ratio.")
+    cliprange_high: float | None = option(
+        None, "Clip range above 1, by default cliprange; a larger one ('clip-higher') lets unlikely tokens gain more."
+    )
+    importance_sampling_level: str = option(
+        "token",
+        "Probability ratio of each 'token', of the 'sequence' (the geometric mean over tokens, as in GSPO), or of the "
+        "'trajectory' (the product over tokens).",
+        choices=("token", "sequence", "trajectory"),
+    )
+    loss_aggregation: str = option(
+        "token",
+        "Policy loss: mean over the mini-batch's 'token's; 'sequence': mean over completions of their means; "
+        "'constant': sum over tokens / (completions × max_completion_length).",
+        choices=("token", "sequence", "constant"),
+    )
     cliprange_value: float = option(0.2, "Clip range of the value loss.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     gamma: float = option(1.0, "Discount per token.")
     lam: float = option(0.95, "λ of the generalised advantage estimate.")
-    whiten_advantages: bool = option(True, "Whiten advantages over all completion tokens of a rollout on all ranks.")
+    whiten_advantages: bool | None = option(
+        None,
+        "Whiten advantages over all completion tokens of a rollout on all ranks; by default with 'gae' and "
+        "'reinforce'.",
+    )
     advantage_estimator: str = option(
-        "gae", "'gae' with a critic, or 'reinforce' without: return minus mean return.", choices=("gae", "reinforce")
+        "gae",
+        "'gae' with a critic. Without: 'reinforce', return minus mean return; 'rloo', minus the mean of the prompt's "
+        "other completions; 'grpo', minus the prompt's mean, divided as scale_rewards says.",
+        choices=("gae", "reinforce", *GROUPED),
+    )
+    scale_rewards: str = option(
+        "group",
+        "GRPO: divide by the deviation of the prompt's 'group' or of the 'batch', or not ('none', Dr. GRPO).",
+        choices=("group", "batch", "none"),
     )
     bootstrap_truncated: bool = option(
         False, "If max_completion_length cuts a completion off, bootstrap with the value after its last token."
     )
     missing_eos_penalty: float | None = option(None, "Subtract this from the score of completions without stop token.")
 
-    kl_coef: float = option(0.05, "β, weight of the per-token KL (k1) in the reward; at the start, if β changes.")
+    kl_coef: float = option(0.05, "β, weight of the KL; at the start, if β changes.")
+    kl_in_loss: bool = option(
+        False, "Put the KL into the loss of every token (k3), and not into the rewards (k1); their gradients differ."
+    )
+    use_bias_correction_kl: bool = option(
+        True, "With kl_in_loss: weigh the KL by the probability ratio, which makes its gradient unbiased."
+    )
     kl_control: str = option(
         "fixed",
         "How β changes: 'fixed', 'adaptive' to kl_target ('ziegler': by the classical rule, which overshoots), or "
@@ -130,9 +168,7 @@ class PPOConfig(PolicyConfig):
 
     def conflicts(self) -> list[tuple[bool, str]]:
         control, coef, vllm, size = self.kl_control, self.kl_coef, self.use_vllm, self.generation_batch_size
-        rate, best = self.value_learning_rate, self.metric_for_best_model
-        reinforce = self.advantage_estimator == "reinforce"
-        critic = "but advantage_estimator='reinforce' has no value function: leave one of the two out."
+        best, estimator = self.metric_for_best_model, self.advantage_estimator
         steered = control in ("adaptive", "ziegler")
         stays = coef == 0 and (steered or control == "exponential")
         unmatched = (control == "budget") != (self.kl_budget is not None)
@@ -140,9 +176,12 @@ class PPOConfig(PolicyConfig):
         floor, floored = self.kl_coef_min, control in ("adaptive", "exponential")
         too_high = control in ("exponential", "budget") and coef > self.kl_coef_max
         return [
-            (reinforce and self.bootstrap_truncated, f"bootstrap_truncated=True is set, {critic}"),
-            (reinforce and self.value is not None, f"value={self.value!r} is set, {critic}"),
-            (reinforce and rate is not None, f"value_learning_rate={rate} is set, {critic}"),
+            (
+                estimator in GROUPED and self.num_generations < 2,
+                f"advantage_estimator={estimator!r} compares completions of one prompt, and num_generations="
+                f"{self.num_generations}: set it to 2 or more.",
+            ),
+            *whole_groups(self),
             (stays, f"kl_coef=0 would stay 0 with kl_control={control!r}: start above 0."),
             (unmatched, f"kl_control={control!r} and kl_budget={self.kl_budget} do not fit: set both or neither."),
             (too_high, f"kl_coef={coef} is above kl_coef_max={self.kl_coef_max}: raise one or lower the other."),
@@ -159,6 +198,16 @@ class PPOConfig(PolicyConfig):
         ]
 
     @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened over tokens."""
+        return self.advantage_estimator not in GROUPED if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference is kept. Without a critic and with β = 0 nothing but the KL in the log would need it."""
+        return self.advantage_estimator not in GROUPED or self.kl_coef > 0 or bool(self.max_kl or self.kl_budget)
+
+    @property
     def kl_limit(self) -> float | None:
         """KL above which a rollout is a fault."""
         steered = self.kl_control in ("adaptive", "ziegler")
@@ -171,5 +220,30 @@ class PPOConfig(PolicyConfig):
 
     @property
     def local_rollout_size(self) -> int:
-        """Prompts per rollout and process."""
+        """Completions per rollout and process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def rollout_size(self) -> int:
+        """Completions per rollout."""
+        return self.local_rollout_size * self.world_size
+
+    @property
+    def local_prompts(self) -> int:
+        """Prompts per rollout and process."""
+        return self.local_rollout_size // self.num_generations
+
+
+def whole_groups(args: PPOConfig) -> list[tuple[bool, str]]:
+    """Return whether mini-batches would cut the completions of a prompt apart, and the sizes that do not.
+
+    A micro-batch may hold a part of them, if all parts are in one mini-batch, which is then the whole rollout.
+    """
+    size, n, steps = args.per_device_train_batch_size, args.num_generations, args.gradient_accumulation_steps
+    unit, name = (size * steps, " × gradient_accumulation_steps") if args.num_mini_batches == 1 else (size, "")
+    near = " or ".join(str(k * n) for k in (unit // n, unit // n + 1) if k)
+    message = (
+        f"per_device_train_batch_size{name} is {unit}, and num_generations={n} does not divide it, so that the "
+        f"completions of a prompt would part: make it {near}."
+    )
+    return [(unit % n != 0, message)]

@@ -17,7 +17,13 @@ from lifecycle_hf.completions.scoring import Completions
 from lifecycle_hf.mitigation.kl_control import AdaptiveKL, ExponentialKL, FixedKL, KLBudget, ZieglerKL
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 from lifecycle_hf.models.loading import is_sharded
-from lifecycle_hf.objectives.policy import kl_estimate, ppo_policy_loss, ppo_value_loss
+from lifecycle_hf.objectives.policy import (
+    aggregate_tokens,
+    importance_ratio,
+    kl_estimate,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from lifecycle_hf.trainers.base.capability import PretrainingRows
 from lifecycle_hf.trainers.base.mitigations import check_mitigations, protect
 from lifecycle_hf.trainers.base.policy import PolicyTrainerMixin
@@ -71,6 +77,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         ValueError: an argument or option would make the run wrong; the message names it and the remedy.
     """
 
+    config_class = PPOConfig
     loss_is_scaled_for_ga = True
     budget: BudgetKeeper | None = None
     score_floor: LagrangeMultiplier | None = None
@@ -98,7 +105,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         model_init_kwargs: dict | None = None,
         **kwargs,
     ):
-        args = args if args is not None else PPOConfig("output/ppo")
+        args = args if args is not None else self.config_class("output/" + type(self).__name__[:-7].lower())
         if train_dataset is None:
             raise ValueError("train_dataset is missing: give a dataset of prompts.")
         set_seed(args.seed)  # fresh adapters and heads are random
@@ -117,7 +124,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             roles, args, list, train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs
         )
         self.check_engine()
-        self.model.settles_values = self._settles_values()
+        self.model.settles_values = settles_values(self)
         check_reward_columns(builder.rewards, self.train_dataset.column_names)
         mixes = args.ptx_coef > 0 and args.ptx_ceiling is None  # with a ceiling it is an auxiliary loss
         self.ptx_rows = pretraining_rows(ptx_dataset, tokenizer, args) if mixes else None
@@ -155,22 +162,12 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         given = (dataset, self.processing_class, self.args, where)
         return dataset if "prompt_ids" in dataset.column_names else prepare_prompts(*given)
 
-    def _settles_values(self) -> bool:
-        """Return whether the value loss takes its gradients at once, and not in the joint backward pass.
-
-        That is impossible for sharded parameters, which are gathered for the joint backward pass only, in reentrant
-        checkpointing, which supports no other, and in fp16, whose loss must be scaled before gradients are taken.
-        """
-        args = self.args
-        reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
-        return not (is_sharded(self.model) or self.is_fsdp_enabled or reentrant or args.fp16)
-
     def get_train_dataloader(self):
         """Return a loader whose batch is the update's prompts, at every micro-step of the update."""
         args = self.args
         sampler = RolloutSampler(len(self.train_dataset), args, epoch=lambda: int(self.state.epoch or 0))
         return self._get_dataloader(
-            self.train_dataset, "Training", args.local_rollout_size, sampler_fn=lambda _: sampler, is_training=True
+            self.train_dataset, "Training", args.local_prompts, sampler_fn=lambda _: sampler, is_training=True
         )
 
     def create_optimizer(self, model=None):
@@ -192,6 +189,9 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
             self._new_rollout(inputs)
             tokens = sum(sum(batch["completions"].sizes.completions) for batch in self.buffer.batches)
         loss = super().training_step(model, {"micro_batch": self._next_micro_batch()}, num_items_in_batch)
+        if self.rollouts.defers and self.buffer.exhausted:  # before the optimizer step
+            self.rollouts.settle()
+            self._check_rollout()
         if self.model.shared is not None:  # after the backward pass the adapter that was recomputed last is active
             self.model.shared.activate(self.model.policy_role)
         world_size = self.accelerator.num_processes
@@ -217,10 +217,11 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         """Fill the buffer with a new rollout; if the KL budget undoes the last update, sample it again."""
         rollouts, budget, metrics = self.rollouts, self.budget, self.metrics["train"]
         schedule = self.buffer.draw_schedule(self.state.global_step // self.args.steps_per_update)
-        first, size = schedule[0][0] if self._keeps_graphs() else None, len(rows) * self.accelerator.num_processes
+        first = schedule[0][0] if keeps_graphs(self) else None
         logged, scale = copy.deepcopy(metrics.sums), rollouts.reward_moments.state_dict()
-        batches = rollouts.make(rows, metrics, first=first)
-        rejected = budget is not None and budget.takes_back(rollouts.means["kl"], size)
+        batches, rejected = rollouts.make(rows, metrics, first=first), False
+        if budget is not None:
+            rejected = budget.takes_back(rollouts.means["kl"], self.args.rollout_size)
         if rejected:
             metrics.sums = logged  # the rollout that is not trained on must not count
             rollouts.reward_moments.load_state_dict(scale)
@@ -230,22 +231,18 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         self.model_wrapped.train()
         self.buffer.fill(batches, schedule)
         metrics.add("kl_coef", self.kl_control.kl_coef)
-        means = rollouts.means
+        self.alarm.check_rollout(rollouts.look)
+        if not rollouts.defers:
+            self._check_rollout(rejected)
+
+    def _check_rollout(self, rejected: bool = False) -> None:
+        """Show the means of the rollout to the guard, the KL control and the floor of the score."""
+        means = self.rollouts.means
         if self.score_floor is not None:
             self.dual_ascent.seen.add("objective", means["score"])
         self.guard.check_rollout(kl=means["kl"], entropy=means["entropy"], length=means["length"])
-        self.alarm.check_rollout(rollouts.look)
         if math.isfinite(means["kl"]) and not rejected:
-            self.kl_control.update(means["kl"], size)
-
-    def _keeps_graphs(self) -> bool:
-        """Return whether the scores of the first micro-batch keep their graph, so that they are not computed again.
-
-        It is so if no engine must see each forward pass, train mode gives the same numbers, and no separate value
-        function needs the memory.
-        """
-        engine = self.accelerator.distributed_type is not DistributedType.NO
-        return not engine and self.args.disable_dropout and self.model.value in (None, "head")
+            self.kl_control.update(means["kl"], self.args.rollout_size)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the norm as transformers does, and give the guard the norm before clipping."""
@@ -262,8 +259,9 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         batch, texts, text_mask = micro_batch.rollout, micro_batch.texts, micro_batch.text_mask
         completions = batch["completions"]
         mask, entropy, (tokens, text_tokens) = completions.mask, args.entropy_coef > 0, self._step_totals
+        deferred, known = "logprobs" not in batch, "ref_logprobs" in batch or not self.rollouts.has_reference
         want = {"logprobs": True, "value_loss": "values" in batch, "texts": texts is not None}
-        want |= {"entropy": entropy, "entropy_gradient": entropy}
+        want |= {"entropy": entropy or deferred, "entropy_gradient": entropy, "ref_logprobs": deferred and not known}
 
         def value_loss(values):
             losses = value_losses(self, values[:, :-1], batch, mask)
@@ -273,9 +271,15 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         missing = tuple(name for name, wanted in want.items() if wanted and name not in kept)
         extra = {"features": batch.get("features"), "value_loss": value_loss}
         out = kept | model(completions, texts, want=missing, temperature=args.temperature, **extra)
+        if deferred:
+            self.rollouts.note(out, batch, metrics)
+            batch |= {"logprobs": out["logprobs"].detach(), "ref_logprobs": out.get("ref_logprobs")}
+        size = args.per_device_train_batch_size * len(self.buffer.schedule[0]) * self.accelerator.num_processes
+        totals = {"tokens": tokens, "completions": size, "max_length": args.max_completion_length}
         losses = policy_losses(self, out["logprobs"], batch, mask)
-        total = losses - args.entropy_coef * out["entropy"] if entropy else losses
-        loss = (total * mask).sum() / tokens
+        loss = aggregate_tokens(losses, mask, aggregation=args.loss_aggregation, **totals)
+        if entropy:
+            loss = loss - args.entropy_coef * (out["entropy"] * mask).sum() / tokens
         parts = {"policy": loss}
         if "value_loss" in out:
             parts["value"] = out["value_loss"]
@@ -295,12 +299,33 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         return None, None, None
 
 
+def settles_values(trainer: PPOTrainer) -> bool:
+    """Return whether the value loss takes its gradients at once, and not in the joint backward pass.
+
+    That is impossible for sharded parameters, which are gathered for the joint backward pass only, in reentrant
+    checkpointing, which supports no other, and in fp16, whose loss must be scaled before gradients are taken.
+    """
+    args = trainer.args
+    reentrant = args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+    return not (is_sharded(trainer.model) or trainer.is_fsdp_enabled or reentrant or args.fp16)
+
+
+def keeps_graphs(trainer: PPOTrainer) -> bool:
+    """Return whether the scores of the first micro-batch keep their graph, so that they are not computed again.
+
+    It is so if no engine must see each forward pass, train mode gives the same numbers, and no separate value
+    function needs the memory.
+    """
+    engine = trainer.accelerator.distributed_type is not DistributedType.NO
+    return not engine and trainer.args.disable_dropout and trainer.model.value in (None, "head")
+
+
 def moved_rollout(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a micro-batch of the rollout on the device; a checkpoint holds only the tensors of its completions."""
     moved = send_to_device(batch, device)
     if "completions" not in moved:
-        names = "input_ids", "prompt_lengths", "completion_lengths"
-        batch["completions"] = moved["completions"] = Completions(*(moved[name] for name in names))
+        names = "input_ids", "prompt_lengths", "completion_lengths", "groups"
+        batch["completions"] = moved["completions"] = Completions(*(moved.get(name) for name in names))
     return moved
 
 
@@ -338,17 +363,24 @@ def split_groups(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Par
 
 def policy_losses(trainer: PPOTrainer, logprobs, batch, mask) -> torch.Tensor:
     """Return and log the policy loss of each token, [B, T], times the multiplier of a score floor."""
-    args, metrics, old = trainer.args, trainer.metrics["train"], batch["logprobs"]
-    losses = ppo_policy_loss(logprobs, old, batch["advantages"], clip_range=args.cliprange)
+    args, metrics = trainer.args, trainer.metrics["train"]
+    old, level = batch["logprobs"], {"mask": mask, "level": args.importance_sampling_level}
+    clip, high = args.cliprange, args.cliprange if args.cliprange_high is None else args.cliprange_high
+    losses = ppo_policy_loss(logprobs, old, batch["advantages"], clip_range=clip, clip_range_high=high, **level)
+    if args.kl_in_loss and trainer.kl_control.kl_coef > 0:
+        kl = kl_estimate(logprobs, batch["ref_logprobs"], estimator="k3")
+        kl = kl * importance_ratio(logprobs, old, **level) if args.use_bias_correction_kl else kl
+        metrics.add_masked("loss/kl", kl, mask)
+        losses = losses + trainer.kl_control.kl_coef * kl
     if trainer.score_floor is not None:
         losses = trainer.score_floor.value * losses
     new = logprobs.detach()
-    distance = (torch.exp(new - old) - 1).abs()  # of the ratio from 1
+    distance = importance_ratio(new, old, **level) - 1
     metrics.add_masked("loss/policy", losses, mask)
-    metrics.add_masked("policy/clip_fraction", distance > args.cliprange, mask)
+    metrics.add_masked("policy/clip_fraction", (distance > high) | (distance < -clip), mask)
     metrics.add_masked("policy/approx_kl", kl_estimate(old, new, estimator="k3"), mask)
     if trainer.state.global_step % args.steps_per_update == 0:
-        metrics.add_masked("policy/ratio_error_at_start", distance, mask)
+        metrics.add_masked("policy/ratio_error_at_start", distance.abs(), mask)
     return losses
 
 

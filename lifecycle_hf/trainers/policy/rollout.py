@@ -1,32 +1,27 @@
 """Make a scored rollout of prompts: completions, rewards, log-probs, values and advantages."""
 
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import print_prompt_completions_sample
 
-from lifecycle_hf.completions.rewards import KeptScores, RunningMoments, Samples, score_together
-from lifecycle_hf.completions.sampling import VLLMSampler, generate
+from lifecycle_hf.completions.rewards import KeptScores, RunningMoments, Samples
+from lifecycle_hf.completions.scorer import RewardScorer, RewardSource
 from lifecycle_hf.completions.scoring import Completions
-from lifecycle_hf.data.collators import length_mask
-from lifecycle_hf.models.loading import is_sharded, unsharded
-from lifecycle_hf.models.roles import role_weights
 from lifecycle_hf.objectives.policy import (
     discounted_returns,
     generalized_advantage_estimate,
+    group_advantages,
+    group_deviations,
     kl_estimate,
     token_rewards,
     whiten,
 )
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
-from lifecycle_hf.trainers.policy.actor_critic import ActorCritic
+from lifecycle_hf.trainers.policy.config import GROUPED
 from lifecycle_hf.trainers.policy.hacking import RolloutLook, look_at_all
-
-EXACT = (torch.float32, torch.float64)
-RESERVED = ("prompt", "prompt_ids", "prompts", "completions")
+from lifecycle_hf.trainers.policy.sampler import PolicySampler
 
 
 class RolloutMaker:
@@ -40,42 +35,45 @@ class RolloutMaker:
         reward_moments: running mean and deviation of the scores, used with `reward_normalization="running"`.
     """
 
-    def __init__(self, trainer, reward_sources, stop_token_ids: list[int]):
+    def __init__(self, trainer, reward_sources: list[RewardSource], stop_token_ids: list[int]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.tokenizer, self.sources, self.stop_token_ids = trainer.processing_class, reward_sources, stop_token_ids
+        self.sampler, self.tokenizer = PolicySampler(trainer, stop_token_ids), trainer.processing_class
         self.weights = self.args.reward_weights or [1.0] * len(reward_sources)
         model = self.accelerator.unwrap_model(trainer.model)
-        self.value, self.reward_moments, self.vllm = model.value, RunningMoments(), None
+        self.value, self.reward_moments = model.value, RunningMoments()
+        self.has_reference = model.reference is not None or model.reference_role is not None
+        self.grouped = self.args.advantage_estimator in GROUPED
         self.means: dict[str, float] = {}
         self.look: RolloutLook | None = None
         self.kept: dict[str, torch.Tensor] = {}
-        if self.args.use_vllm:
-            check_vllm(model, trainer.is_fsdp_enabled)
-            self.vllm = VLLMSampler(self.accelerator, self.args.vllm_server_base_url, self.args.vllm_server_timeout)
         rank = self.accelerator.process_index
         # A push to the Hub leaves out files whose name starts with an underscore.
-        self.kept_scores = KeptScores(Path(self.args.output_dir) / f"_unscored_rollout_rank{rank}.jsonl")
+        kept = KeptScores(Path(self.args.output_dir) / f"_unscored_rollout_rank{rank}.jsonl")
+        self.raw_scores = RewardScorer(reward_sources, self._reward, self.args.device, kept)
 
     @torch.no_grad()
     def make(
         self, rows: list[dict[str, Any]], metrics: MetricAccumulator, training: bool = True, first: int | None = None
     ) -> list[dict[str, torch.Tensor]]:
-        """Sample a completion for each row and return micro-batches with the inputs of the losses.
+        """Sample the completions of each row and return micro-batches with the inputs of the losses.
 
-        Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths" [B], all three again as "completions",
-        and [B, T]: "logprobs", "advantages", and with a critic "values", "returns"; for a value head "features"
-        [B, T + 1, H].
+        Each holds "input_ids" [B, L], "prompt_lengths", "completion_lengths", "groups" [B], all four again as
+        "completions", and [B, T]: "logprobs", "advantages", with a critic "values" and "returns", with the KL in the
+        loss "ref_logprobs"; for a value head "features" [B, T + 1, H]. What [`defers`] leaves to the training step is
+        missing.
 
         Args:
             training: if False, sampling has its own seed, so that an evaluation does not change the run.
             first: index of the micro-batch whose graph is left in `kept`.
         """
         self.trainer.model_wrapped.eval()
-        samples, completion_ids = self._sample(rows, None if training else self.args.seed)
-        size, prompts = self.args.per_device_train_batch_size, [row["prompt_ids"] for row in rows]
-        batches = [self._batch(prompts[i : i + size], completion_ids[i : i + size]) for i in range(0, len(rows), size)]
-        raw = self._raw_scores(samples, size)
-        ended = torch.tensor([ids[-1] in self.stop_token_ids for ids in completion_ids])
+        n = self.args.num_generations if training else 1
+        samples, completion_ids = self.sampler.sample(rows, n, None if training else self.args.seed)
+        size, rows = self.args.per_device_train_batch_size, [row for row in rows for _ in range(n)]
+        prompts, groups = [row["prompt_ids"] for row in rows], [i // n for i in range(len(rows))]
+        parts = [slice(i, i + size) for i in range(0, len(rows), size)]
+        batches = [self._batch(prompts[part], completion_ids[part], groups[part] if n > 1 else None) for part in parts]
+        raw, ended = self.raw_scores(samples, size), self.sampler.ended(completion_ids)
         weighted = sum(weight * values for weight, values in zip(self.weights, raw.values(), strict=True))
         scores = self._shape(weighted, ended, training)
         held_out = {name: raw[name].tolist() for name, weight in zip(raw, self.weights, strict=True) if weight == 0}
@@ -88,107 +86,58 @@ class RolloutMaker:
             metrics.add(name, values.sum(), len(rows))
         if training and self.args.log_completions:
             self._show(samples, raw, scores)
-        scored, self._sums, self.kept = [{} for _ in batches], [], {}
-        for i in sorted(range(len(batches)), key=lambda i: i == first):  # last, so that its graph lives shortly
-            part, device = slice(i * size, (i + 1) * size), batches[i].input_ids.device
-            scored[i] = self._score(batches[i], scores[part].to(device), ended[part], metrics, keep=i == first)
-        self._finish_advantages(scored, metrics)
-        sums = (sum(column) for column in zip(*self._sums, strict=True))
-        kl, entropy, tokens, count, score = self._reduce(*sums, scores.sum())
-        self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count, "score": score / count}
+        scored, self._sums, self.kept, self._score_sum = [{} for _ in batches], [], {}, scores.sum()
+        if training and self.defers:
+            scored = [as_tensors(batch) for batch in batches]
+            metrics.add("reward", scores.sum(), len(rows))
+        else:
+            for i in sorted(range(len(batches)), key=lambda i: i == first):  # last, so that its graph lives shortly
+                of_rows = scores[parts[i]].to(batches[i].input_ids.device), ended[parts[i]]
+                scored[i] = self._score(batches[i], *of_rows, metrics, keep=i == first)
+        if not self.grouped:
+            self._finish_advantages(scored, metrics)
+        elif training:
+            self._compare_groups(scored, scores, metrics)
+        if self._sums:
+            self.settle()
         return scored
 
-    def _batch(self, prompts, completions) -> Completions:
-        return Completions.from_lists(prompts, completions, self.tokenizer.pad_token_id, self.args.device)
+    @property
+    def defers(self) -> bool:
+        """Whether the one training step of a rollout computes what would be scored before it.
+
+        It needs no log-probs before: there is no critic, no KL in the rewards, and none that could undo the rollout.
+        """
+        in_reward = self.has_reference and not self.args.kl_in_loss
+        needed = self.value is not None or in_reward or self.args.kl_control == "budget"
+        return self.grouped and self.args.steps_per_update == 1 and not needed
+
+    def note(self, out: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], metrics: MetricAccumulator) -> None:
+        """Add the KL and the entropy of a micro-batch to the means of the rollout and to the metrics."""
+        mask, kl = batch["completions"].mask, out["entropy"].new_zeros(())
+        if "ref_logprobs" in out:
+            kl = torch.where(mask, kl_estimate(out["logprobs"].detach(), out["ref_logprobs"]), 0.0)
+            metrics.add("kl", kl.sum(), len(mask))
+        entropy = out["entropy"].detach()
+        self._sums.append((kl.sum(), entropy.sum(), mask.sum(), len(mask)))
+        metrics.add_masked("entropy", entropy, mask)
+
+    def settle(self) -> None:
+        """Set `means`, once every micro-batch of the rollout is scored."""
+        sums = (sum(column) for column in zip(*self._sums, strict=True))
+        kl, entropy, tokens, count, score = self._reduce(*sums, self._score_sum)
+        self.means = {"kl": kl / count, "entropy": entropy / tokens, "length": tokens / count, "score": score / count}
+
+    def _batch(self, prompts, completions, groups=None) -> Completions:
+        pad = self.tokenizer.pad_token_id
+        return Completions.from_lists(prompts, completions, pad, self.args.device, groups=groups)
 
     def _run(self, batch: Completions, *want: str) -> dict[str, torch.Tensor]:
         with self.accelerator.autocast():
             return self.trainer.model_wrapped(batch, want=want, temperature=self.args.temperature)
 
-    def _sample(self, rows, seed: int | None) -> tuple[Samples, list[list[int]]]:
-        args, prompts = self.args, [row["prompt_ids"] for row in rows]
-        options = {"max_new_tokens": args.max_completion_length, "temperature": args.temperature}
-        options |= {"stop_token_ids": self.stop_token_ids, "generator_seed": seed}
-        with self._whole_policy() as policy, self.accelerator.autocast():
-            if self.vllm is not None:
-                ids = self.vllm(_untied(role_weights(policy)), prompts, **options)
-            else:
-                pad, size = self.tokenizer.pad_token_id, args.generation_batch_size
-                ids = generate(policy, prompts, **options, pad_token_id=pad, batch_size=size)
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in RESERVED}
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Samples([row["prompt"] for row in rows], texts, columns), ids
-
-    @contextmanager
-    def _whole_policy(self):
-        """Yield the policy. If it is sharded, it is gathered once for the whole decoding, not for every token."""
-        engine = self.trainer.model_wrapped
-        actor_critic = self.accelerator.unwrap_model(engine)
-        policy = actor_critic.policy
-        with actor_critic.role(actor_critic.policy_role), unsharded(actor_critic):
-            sharded = [p for p in policy.parameters() if hasattr(p, "ds_id")]
-            if not sharded:
-                with actor_critic.shared.merged() if self._merges(actor_critic) else nullcontext():
-                    yield policy
-                return
-            from deepspeed.runtime.zero import GatheredParameters
-
-            with GatheredParameters(sharded):
-                remove_hooks(engine)
-                try:
-                    yield policy
-                finally:
-                    add_hooks(engine)
-
-    def _merges(self, actor_critic) -> bool:
-        """Return whether decoding runs on merged weights; in low precision merging would round small changes away."""
-        if actor_critic.shared is None or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
-            return False
-        exact = next(actor_critic.policy.parameters()).dtype in EXACT
-        return bool(self.args.merge_adapter) or self.vllm is not None or exact
-
-    def _raw_scores(self, samples: Samples, size: int) -> dict[str, torch.Tensor]:
-        """Return the scores [N] of every reward, async ones first; if one raises, write the others to a file."""
-        known, raw = self.kept_scores.read(samples), {}
-        waiting = [s for s in self.sources if s.function is not None and s.function.is_async and s.name not in known]
-        together = score_together([source.function for source in waiting], samples) if waiting else []
-        done = known | dict(zip((source.name for source in waiting), together, strict=True))
-        for source in self.sources:
-            try:
-                raw[source.name] = self._scores_of(source, samples, size, done.get(source.name))
-            except ValueError as error:
-                finished = {
-                    s.name: done[s.name] for s in self.sources if not isinstance(done.get(s.name, error), Exception)
-                }
-                raw |= {name: torch.as_tensor(scores) for name, scores in finished.items()}
-                self.kept_scores.write(samples, raw)
-                where = f"The completions and {len(raw)} of {len(self.sources)} columns of scores are in"
-                raise ValueError(f"{error} {where} {self.kept_scores.path}; a resumed run reads that file.") from error
-        if known:
-            self.kept_scores.clear()
-        return raw
-
-    def _scores_of(self, source, samples: Samples, size: int, done=None) -> torch.Tensor:
-        """Return the scores [N] of a reward function; `done` are its scores, or its error, if it was called before."""
-        if isinstance(done, BaseException):
-            raise done
-        if source.function is not None or done is not None:
-            return torch.as_tensor(source.function(samples) if done is None else done, dtype=torch.float32)
-        ids, key, scores = samples.encode(source.tokenizer), f"reward:{source.name}", []
-        for i in range(0, len(ids), size):
-            # A reward model reads the last state of a whole sequence, so it does not matter where the prompt ends, nor
-            # which token pads, if it is in the vocabulary.
-            heads, tails = [row[:-1] for row in ids[i : i + size]], [row[-1:] for row in ids[i : i + size]]
-            batch = Completions.from_lists(heads, tails, 0, self.args.device)
-            scores.append(self._run(batch, key)[key].float().cpu())
-        scores = torch.cat(scores)
-        bad = (~scores.isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"The reward model {source.name!r} gave {scores[bad[0]].item()} for the completion "
-                f"{samples.texts[int(bad[0])][:200]!r}: check its weights and its dtype."
-            )
-        return scores
+    def _reward(self, name: str, batch: Completions) -> torch.Tensor:
+        return self._run(batch, f"reward:{name}")[f"reward:{name}"]
 
     def _shape(self, score: torch.Tensor, ended: torch.Tensor, training: bool) -> torch.Tensor:
         """Return the scores [N]: `score`, Σ weights × raw scores, minus the penalty for a missing stop token.
@@ -207,8 +156,8 @@ class RolloutMaker:
 
     def _forward(self, batch: Completions, keep: bool) -> dict[str, torch.Tensor]:
         """Return the outputs of all models for a micro-batch; `keep` leaves the policy's, with graph, in `kept`."""
-        policy, others = ("logprobs", "entropy"), ("ref_logprobs",) + ("values",) * (self.value is not None)
-        others += ("ref_states",) * (self.value == "head")
+        policy, others = ("logprobs", "entropy"), ("ref_logprobs",) * self.has_reference
+        others += ("values",) * (self.value is not None) + ("ref_states",) * (self.value == "head")
         if not keep:
             return self._run(batch, *policy, *others)
         out = self._run(batch, *others)
@@ -222,19 +171,22 @@ class RolloutMaker:
         self, batch: Completions, scores, ended, metrics: MetricAccumulator, keep: bool = False
     ) -> dict[str, torch.Tensor]:
         """Return the inputs of the losses for a micro-batch, with advantages that are not whitened yet."""
-        args, kl_coef, mask = self.args, self.trainer.kl_control.kl_coef, batch.mask
+        args, mask, result = self.args, batch.mask, as_tensors(batch)
         out = self._forward(batch, keep)
-        kl = torch.where(mask, kl_estimate(out["logprobs"], out["ref_logprobs"]), 0.0)
+        self.note(out, result, metrics)
+        result["logprobs"] = out["logprobs"]
+        kl_coef, kl = 0.0, torch.zeros_like(out["logprobs"])
+        if args.kl_in_loss and self.has_reference:
+            result["ref_logprobs"] = out["ref_logprobs"]
+        elif self.has_reference:
+            kl_coef, kl = self.trainer.kl_control.kl_coef, kl_estimate(out["logprobs"], out["ref_logprobs"])
         rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
-        metrics.add("kl", kl.sum(), len(scores))
-        self._sums.append((kl.sum(), out["entropy"].sum(), mask.sum(), len(scores)))
         metrics.add("reward", rewards.sum(), len(scores))
-        metrics.add_masked("entropy", out["entropy"], mask)
-        result = {name: getattr(batch, name) for name in ("input_ids", "prompt_lengths", "completion_lengths")}
-        result |= {"completions": batch, "logprobs": out["logprobs"]}
         if "ref_states" in out:  # large and seldom needed, so kept in the host's memory
             result["features"] = out["ref_states"].cpu()
         if self.value is None:
+            if self.grouped:
+                return result | {"total": rewards.sum(1)}
             return result | {"advantages": discounted_returns(rewards, mask, gamma=args.gamma)}
         values = torch.where(mask, out["values"][:, :-1], 0.0)
         bootstrap = None
@@ -246,12 +198,30 @@ class RolloutMaker:
         )
         return result | {"values": values, "advantages": advantages, "returns": returns}
 
+    def _compare_groups(self, scored: list[dict], scores: torch.Tensor, metrics: MetricAccumulator) -> None:
+        """Set the advantages of RLOO or GRPO, from the scores [n], minus β·KL of the completion if it is in them."""
+        args, n = self.args, self.args.num_generations
+        totals = scores if "total" not in scored[0] else torch.cat([batch.pop("total") for batch in scored])
+        totals, scale = totals.to(args.device), {"group": None, "none": 0.0}.get(args.scale_rewards)
+        deviations = group_deviations(totals, n)
+        metrics.add("group_reward_std", deviations.sum(), len(deviations))
+        metrics.add("frac_reward_zero_std", (deviations == 0).sum(), len(deviations))
+        if args.scale_rewards == "batch":
+            _, variance = self._moments([totals], [torch.ones_like(totals, dtype=torch.bool)])
+            count = len(totals) * self.accelerator.num_processes
+            scale = torch.tensor((variance * count / (count - 1)) ** 0.5)
+        advantages = group_advantages(totals, n, estimator=args.advantage_estimator, scale=scale)
+        for batch, part in zip(scored, advantages.split(args.per_device_train_batch_size), strict=True):
+            batch["advantages"] = batch["completions"].mask * part[:, None]
+        if args.whitens:
+            self._finish_advantages(scored, metrics)
+
     def _finish_advantages(self, scored: list[dict[str, torch.Tensor]], metrics: MetricAccumulator) -> None:
         """Whiten advantages over all ranks (REINFORCE may only subtract the mean), and log the explained variance."""
-        masks = [_mask(batch) for batch in scored]
+        masks = [batch["completions"].mask for batch in scored]
         mean, variance = self._moments([batch["advantages"] for batch in scored], masks)
-        if self.args.whiten_advantages or "values" not in scored[0]:
-            scale = variance if self.args.whiten_advantages else 1.0
+        if self.args.whitens or "values" not in scored[0]:
+            scale = variance if self.args.whitens else 1.0
             for batch, mask in zip(scored, masks, strict=True):
                 batch["advantages"] = whiten(batch["advantages"], mask, mean=mean, variance=scale)
         if "values" in scored[0]:
@@ -281,28 +251,6 @@ class RolloutMaker:
             print_prompt_completions_sample(prompts, completions, columns, None, state.global_step)
 
 
-def check_vllm(model: ActorCritic, fsdp: bool) -> None:
-    """Check that the vLLM server can get whole weights with the adapter merged in.
-
-    Raises:
-        ValueError: the policy is quantised or sharded, or its adapter has weights that merging leaves out.
-    """
-    config = model.policy.active_peft_config if model.shared is not None else None
-    beside = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
-    sharded = model.shared is not None and is_sharded(model.policy)
-    if getattr(model.policy, "is_quantized", False) or sharded or beside or fsdp:
-        raise ValueError(
-            "use_vllm needs weights that can be sent whole: no quantised policy, no FSDP, no adapters under ZeRO-3, "
-            f"none with {' or '.join(beside) or 'modules_to_save'}, which merging leaves out. Use DDP or ZeRO-2 and "
-            "plain adapters, or leave use_vllm out."
-        )
-
-
-def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return every tensor once, under the first of its names."""
-    names = {id(tensor): name for name, tensor in reversed(weights.items())}
-    return {name: tensor for name, tensor in weights.items() if names[id(tensor)] == name}
-
-
-def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return length_mask(batch["completion_lengths"], batch["logprobs"].shape[1])
+def as_tensors(batch: Completions) -> dict[str, Any]:
+    """Return a micro-batch as its tensors, which a checkpoint holds, and itself as "completions"."""
+    return batch.tensors() | {"completions": batch}

@@ -177,7 +177,7 @@ def alike(tiny_llama):
             tiny_llama, folder, dataset=Dataset.from_dict({"prompt": [f"Tell me {i}" for i in range(20)]}),
             per_device_train_batch_size=20, ppo_epochs=2, max_steps=10, max_completion_length=3, **options,
         )  # fmt: skip
-        sample = run.rollouts._sample
+        sample = run.rollouts.sampler.sample
 
         def one_text(*args):
             samples, ids = sample(*args)
@@ -185,7 +185,7 @@ def alike(tiny_llama):
                 samples.texts[:] = ["It is blue."] * 20
             return samples, ids
 
-        run.rollouts._sample = one_text
+        run.rollouts.sampler.sample = one_text
         return run
 
     return make

@@ -389,6 +389,6 @@ def test_reward_models_vocabulary_need_not_hold_the_policys_pad_token(tiny_llama
         (make_model, policys), tmp_path, reward_funcs=reward, trainer_options={"reward_processing_classes": tokenizer}
     )
     with torch.no_grad():
-        (scores,) = run.rollouts._raw_scores(samples, size=2).values()
+        (scores,) = run.rollouts.raw_scores(samples, 2).values()
         alone = [reward.score(reward.model(torch.tensor([row])).last_hidden_state[0, -1]) for row in rows]
     close(scores, torch.cat(alone))

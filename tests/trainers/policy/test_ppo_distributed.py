@@ -5,14 +5,14 @@ from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-ALL = ("full", "lora", "head", "resume")
+ALL = ("full", "lora", "head", "grpo", "resume")
 SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("engine", "modes", "slow"),
     [
-        ("MULTI_CPU", ("full", "lora", "resume"), False),
+        ("MULTI_CPU", ("full", "lora", "grpo", "resume"), False),
         pytest.param("ZERO3", ("full", "lora"), False, marks=needs_deepspeed),
         pytest.param("MULTI_CPU", ALL, True, marks=SLOW),
         pytest.param("FSDP", ALL, True, marks=SLOW),
@@ -32,7 +32,8 @@ def test_two_processes_of_four_equal_one_of_eight(engine, modes, slow, launched)
         names = ("loss", "grad_norm", "kl", "reward", "entropy", "loss/policy", "loss/value", "loss/ptx")
         looks = ("completions/distinct", "completions/distinct_first_half", "completions/most_common")
         for name in (*names, *looks, "reward/length_correlation"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (mode, name)
+            if (mode, name) != ("grpo", "loss/value"):  # which has no critic
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (mode, name)
         assert [len(lengths) for lengths in two["sampled"]] == [4] and min(two["sampled"][0]) >= 1
         check_saved(mode, double.folder / "ppo" / mode, double.models / "base")
 
@@ -50,7 +51,7 @@ def check_resumed(found, engine):
 
 def check_saved(mode, folder, base):
     """Check that the saved weights of all processes load without this package."""
-    if mode != "full":
+    if mode in ("lora", "head"):
         assert (folder / "adapter_model.safetensors").exists() and (folder / "value/value_head.safetensors").exists()
         policy = AutoPeftModelForCausalLM.from_pretrained(folder)
         assert any(p.abs().max() > 0 for n, p in policy.named_parameters() if "lora_B" in n)
@@ -58,4 +59,5 @@ def check_saved(mode, folder, base):
     policy, before = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(base)
     moved = [(a - b).abs().max().item() for a, b in zip(policy.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 2e-3  # one step of Adam at 1e-3
-    assert AutoModelForSequenceClassification.from_pretrained(folder / "value").config.num_labels == 1
+    if mode == "full":
+        assert AutoModelForSequenceClassification.from_pretrained(folder / "value").config.num_labels == 1

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import trainer
 
 from lifecycle_hf.completions.sampling import generate
-from lifecycle_hf.trainers.policy.rollout import check_vllm
+from lifecycle_hf.trainers.policy.sampler import check_vllm
 
 
 class StandIn:
@@ -34,9 +34,10 @@ class StandIn:
     def reset_prefix_cache(self):
         self.resets += 1
 
-    def generate(self, prompts, max_tokens, temperature, logprobs, generation_kwargs):
+    def generate(self, prompts, max_tokens, temperature, logprobs, n, generation_kwargs):
         self.requests.append((len(prompts), max_tokens, temperature, generation_kwargs))
         options = {"stop_token_ids": generation_kwargs["stop_token_ids"], "pad_token_id": 0, "generator_seed": 0}
+        options["num_generations"] = n
         found = generate(self.model, prompts, max_new_tokens=max_tokens, temperature=temperature, **options)
         return {"completion_ids": [[*ids, 99] for ids in found]}  # tokens after a stop token must be cut
 

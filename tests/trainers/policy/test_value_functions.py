@@ -13,8 +13,8 @@ from lifecycle_hf.completions.scoring import Completions
 from lifecycle_hf.models.adapters.names import split_adapter
 from lifecycle_hf.models.heads import NormalisedHead
 from lifecycle_hf.models.roles import SharedBase
+from lifecycle_hf.trainers.policy import ppo
 from lifecycle_hf.trainers.policy.actor_critic import ActorCritic, settled
-from lifecycle_hf.trainers.policy.ppo import PPOTrainer
 
 close = torch.testing.assert_close
 BATCH = Completions.from_lists([[7, 8, 9], [10]], [[20, 21], [22, 23, 24]], 0)
@@ -85,14 +85,14 @@ def test_the_graph_kept_from_scoring_changes_no_gradient(tiny_llama, tmp_path, m
     steps, passes, runs = {}, {}, {}
     for keeps in (True, False):
         if not keeps:
-            monkeypatch.setattr(PPOTrainer, "_keeps_graphs", lambda self: False)
+            monkeypatch.setattr(ppo, "keeps_graphs", lambda trainer: False)
         keep = KeepGradients()
         run = runs[keeps] = trainer(
             tiny_llama, tmp_path, value="head", max_steps=4, ppo_epochs=2, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=2, **options,
             trainer_options=peft(with_peft) | {"callbacks": [keep]},
         )  # fmt: skip
-        assert run._keeps_graphs() is keeps
+        assert ppo.keeps_graphs(run) is keeps
         passes[keeps] = count_passes(run.model)
         run.train()
         steps[keeps] = keep.steps
@@ -288,5 +288,5 @@ def test_low_precision_bases_are_not_merged_unless_asked(tiny_llama, tmp_path):
         run = trainer(
             tiny_llama, tmp_path, make_model().to(dtype), merge_adapter=asked, max_steps=1, trainer_options=peft(True)
         )
-        assert run.rollouts._merges(run.model) is merges
+        assert run.rollouts.sampler._merges(run.model) is merges
         run.train()
