@@ -19,6 +19,8 @@ from toyworld_runs import METRICS, Run, base_values, make_all, spread, values_of
 
 DEFAULTS = {
     "ppo": ("ppo", {"log_completions": "false", "measure_updates": 0}),
+    "rloo": ("rloo", {"log_completions": "false", "measure_updates": 0}),
+    "grpo": ("grpo", {"log_completions": "false", "measure_updates": 0}),
     "dpo": ("dpo", {"measure_rows": 8}),
     "ipo": ("dpo", {"objective": "ipo", "measure_rows": 8}),
     "orpo": ("dpo", {"objective": "orpo", "measure_rows": 8}),

@@ -2,6 +2,7 @@
 
 from lifecycle_hf.cli.arguments import (
     MeasuredArguments,
+    PolicyArguments,
     ProtectedArguments,
     RecipeArguments,
     load_ptx,
@@ -13,6 +14,13 @@ from lifecycle_hf.cli.arguments import (
     trainer_inputs,
 )
 from lifecycle_hf.cli.parsing import parse
-from lifecycle_hf.cli.running import finish, monitor_preferences, monitor_tax, resume_point, train_and_report
+from lifecycle_hf.cli.running import (
+    finish,
+    monitor_preferences,
+    monitor_tax,
+    resume_point,
+    train_and_report,
+    train_policy,
+)
 from lifecycle_hf.data.loading import first_rows
 from lifecycle_hf.evaluation.report import write_report

@@ -57,6 +57,19 @@ class MeasuredArguments(ProtectedArguments):
     )
 
 
+@dataclass
+class PolicyArguments(ProtectedArguments):
+    """Hold the data, the rewards and the measurements of a run that trains a policy."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Reward models by name or path, and functions as MODULE:FUNCTION."}
+    )
+    measure_updates: int = field(
+        default=5, metadata={"help": "Measure capability, reward and KL before, after and every X updates; 0: never."}
+    )
+    measure_rows: int = field(default=128, metadata={"help": "Held-out prompts and texts of each measurement."})
+
+
 def load_splits(script_args, stage) -> tuple[Dataset, Dataset | None]:
     """Load (train, test) by `dataset_name`, see [`lifecycle_hf.data.loading.load_splits`].
 

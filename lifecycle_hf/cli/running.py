@@ -6,9 +6,17 @@ from pathlib import Path
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from trl import get_peft_config, get_quantization_config
 
 from lifecycle_hf import toyworld
-from lifecycle_hf.cli.arguments import load_texts
+from lifecycle_hf.cli.arguments import (
+    load_ptx,
+    load_splits,
+    load_texts,
+    model_init_kwargs,
+    resolve_model,
+    resolve_reward,
+)
 from lifecycle_hf.data.loading import first_rows
 from lifecycle_hf.evaluation.metrics import perplexity
 from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization
@@ -46,6 +54,34 @@ def monitor_tax(trainer, script_args, every, evaluated, texts=None):
 
     better = {row: higher for row, (_, higher) in evaluated.items()} | capability
     return TaxMonitor(metrics, every or None, better).attach(trainer)
+
+
+def train_policy(trainer_class, script_args, args, model_args):
+    """Train a policy against rewards, measure what it costs, and keep everything: the body of the policies' recipes.
+
+    Args:
+        trainer_class: [`PPOTrainer`] or one of its kind.
+        script_args: [`PolicyArguments`].
+    """
+    train, test = load_splits(script_args, "ppo")
+    texts = load_ptx(script_args)
+    trainer = trainer_class(
+        model=resolve_model(model_args.model_name_or_path, "sft"),
+        reward_funcs=[resolve_reward(name) for name in script_args.reward_funcs],
+        args=args,
+        train_dataset=train,
+        eval_dataset=first_rows(test, script_args.measure_rows),
+        ptx_dataset=texts[0],
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+        model_init_kwargs=model_init_kwargs(model_args),
+    )
+    every = script_args.measure_updates * args.steps_per_update
+    if every and test:
+        evaluated = {"proxy_reward": ("eval_score", True)}
+        evaluated |= {"kl": ("eval_kl", False)} if args.needs_reference else {}
+        monitor_tax(trainer, script_args, every, evaluated, texts[1])
+    train_and_report(trainer, script_args)
 
 
 def resume_point(args) -> str | None:
