@@ -151,3 +151,16 @@ def tiny_llama():
         return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
     return make_model, tokenizer
+
+
+@pytest.fixture
+def reward_model(tiny_llama):
+    """A reward model of the tiny Llama's shape, with random weights."""
+    from transformers import LlamaForSequenceClassification
+
+    from lifecycle_hf.models.heads import RewardModel
+
+    make_model, tokenizer = tiny_llama
+    config = make_model().config
+    config.num_labels = 1
+    return RewardModel(LlamaForSequenceClassification(config), tokenizer).eval()

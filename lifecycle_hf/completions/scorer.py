@@ -1,13 +1,17 @@
 """Score samples by several reward functions at once: reward models and callables."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lifecycle_hf.completions.rewards import CallableReward, KeptScores, Samples, score_together
 from lifecycle_hf.completions.scoring import Completions
+from lifecycle_hf.models.loading import load_reward_model
 
 
 @dataclass
@@ -87,3 +91,61 @@ class RewardScorer:
                 f"{samples.texts[int(bad[0])][:200]!r}: check its weights and its dtype."
             )
         return scores
+
+
+def as_list(reward_funcs) -> list:
+    """Return one or several reward functions as a list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not funcs or None in funcs:
+        raise ValueError("reward_funcs is missing: give a reward model, its name, a callable, or a list of them.")
+    return funcs
+
+
+def is_callable(func) -> bool:
+    """Return whether a reward function is a callable, and no model or name of one."""
+    return callable(func) and not isinstance(func, nn.Module)
+
+
+def unique_name(base: str, taken: Iterable[str], reserved: Sequence[str] = ()) -> str:
+    """Return a name for a reward function that is no other's: letters, digits and underscores for a model."""
+    name, taken = f"reward_{base}" if base in reserved else base, set(taken)
+    return name if name not in taken else next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
+
+
+def model_name(func) -> str:
+    """Return the name of a reward model, by the last part of its path where it has one."""
+    return "reward" if not isinstance(func, str) else re.sub(r"\W", "_", Path(func).name)
+
+
+def reward_scorer(
+    reward_funcs, reward_weights: Sequence[float] | None, device: torch.device, kept: KeptScores
+) -> tuple[RewardScorer, dict[str, float]]:
+    """Return a scorer that holds its own reward models, and the weight of each score by its name.
+
+    Raises:
+        ValueError: there is no reward function, or another number of weights.
+    """
+    funcs, sources, models = as_list(reward_funcs), [], {}
+    weights = [1.0] * len(funcs) if reward_weights is None else list(reward_weights)
+    if len(weights) != len(funcs):
+        raise ValueError(f"reward_weights has {len(weights)} entries for {len(funcs)} reward_funcs: give one each.")
+    for func in funcs:
+        taken = [source.name for source in sources]
+        if is_callable(func):
+            function = CallableReward(func)
+            sources.append(RewardSource(unique_name(function.name, taken), function=function))
+        else:
+            name = unique_name(model_name(func), taken)
+            models[name] = load_reward_model(func).to(device)
+            sources.append(RewardSource(name, tokenizer=models[name].tokenizer))
+
+    @torch.no_grad()
+    def run(name, batch):
+        return models[name](batch.input_ids, batch.prompt_lengths + batch.completion_lengths)
+
+    names = [source.name for source in sources]
+    return RewardScorer(sources, run, device, kept), dict(zip(names, weights, strict=True))

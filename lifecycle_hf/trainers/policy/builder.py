@@ -1,7 +1,6 @@
 """Build the module that PPO runs from names, paths, models and callables, and check them before training."""
 
 import copy
-import re
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lifecycle_hf.completions.rewards import CallableReward
-from lifecycle_hf.completions.scorer import RewardSource
+from lifecycle_hf.completions.scorer import RewardSource, as_list, is_callable, model_name, unique_name
 from lifecycle_hf.completions.scoring import unwrapped
 from lifecycle_hf.data.schemas import refuse_stream, to_prompts
 from lifecycle_hf.data.tokenize import tokenize_prompts
@@ -75,27 +74,21 @@ class ActorCriticBuilder(PolicyBuilder):
         return self.args.value or ("model" if self.shared is None else "adapter")
 
     def _add_rewards(self, reward_funcs, processing_classes) -> None:
-        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        if not funcs or funcs == [None]:
-            raise ValueError("reward_funcs is missing: give a reward model, its name, a callable, or a list of them.")
+        funcs = as_list(reward_funcs)
         classes = processing_classes if isinstance(processing_classes, list | tuple) else [processing_classes]
         classes = [None] * len(funcs) if list(classes) == [None] else list(classes)
         for option, values in (("reward_processing_classes", classes), ("reward_weights", self.args.reward_weights)):
             if values is not None and len(values) != len(funcs):
                 raise ValueError(f"{option} has {len(values)} entries for {len(funcs)} reward_funcs: give one each.")
         for func, tokenizer in zip(funcs, classes, strict=True):
-            if callable(func) and not isinstance(func, nn.Module):
+            taken = [source.name for source in self.rewards]
+            if is_callable(func):
                 function = CallableReward(func, self.args.reward_timeout, self.args.reward_retries)
-                self.rewards.append(RewardSource(self._unique(function.name), function=function))
+                self.rewards.append(RewardSource(unique_name(function.name, taken), function=function))
             else:
-                base = "reward" if not isinstance(func, str) else Path(func).name
-                name = self._unique(re.sub(r"\W", "_", f"reward_{base}" if base in ROLES else base))
+                name = unique_name(model_name(func), taken, ROLES)
                 self.reward_models[name], tokenizer = self._reward_model(func, tokenizer, name)
                 self.rewards.append(RewardSource(name, tokenizer=tokenizer))
-
-    def _unique(self, name: str) -> str:
-        taken = {source.name for source in self.rewards}
-        return name if name not in taken else next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
 
     def _reward_model(self, func, tokenizer, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         if isinstance(func, str) and self.shared is not None and _same_base(func, self.shared):
