@@ -38,7 +38,9 @@ def expected_best(scores: torch.Tensor, values: torch.Tensor | None = None) -> t
     Reference: https://arxiv.org/abs/2112.09332, Appendix I (WebGPT).
     """
     size = scores.shape[1]
-    order = scores.double().flip(1).argsort(dim=1, stable=True)  # flipped, so that of equal scores the first comes last
+    order = (
+        scores.double().flip(1).argsort(dim=1, stable=True)
+    )  # flipped, so that of equal scores the first comes last
     ranked = (scores if values is None else values).double().flip(1).gather(1, order)
     weights = [[math.comb(i, n - 1) / math.comb(size, n) for n in range(1, size + 1)] for i in range(size)]
     return ranked @ torch.tensor(weights, dtype=torch.float64)
