@@ -28,6 +28,7 @@ _HOMES = {
     "trainers.policy.ppo": "PPOTrainer",
     "trainers.preference.config": "KTOConfig PreferenceConfig",
     "trainers.preference.kto": "KTOTrainer",
+    "trainers.preference.online": "OnlineDPOConfig OnlineDPOTrainer SPINConfig SPINTrainer",
     "trainers.preference.paired": "DPOConfig DPOTrainer IPOConfig IPOTrainer ORPOConfig ORPOTrainer PreferenceTrainer",
     "trainers.supervised.pretraining": "PretrainingConfig PretrainingTrainer",
     "trainers.supervised.reward": "RewardConfig RewardTrainer",

@@ -122,9 +122,18 @@ def model_name(func) -> str:
 
 
 def reward_scorer(
-    reward_funcs, reward_weights: Sequence[float] | None, device: torch.device, kept: KeptScores
+    reward_funcs,
+    reward_weights: Sequence[float] | None,
+    device: torch.device,
+    kept: KeptScores,
+    *,
+    timeout: float | None = None,
+    retries: int = 0,
 ) -> tuple[RewardScorer, dict[str, float]]:
     """Return a scorer that holds its own reward models, and the weight of each score by its name.
+
+    Args:
+        timeout, retries: of calls of callables, see [`CallableReward`].
 
     Raises:
         ValueError: there is no reward function, or another number of weights.
@@ -136,7 +145,7 @@ def reward_scorer(
     for func in funcs:
         taken = [source.name for source in sources]
         if is_callable(func):
-            function = CallableReward(func)
+            function = CallableReward(func, timeout, retries)
             sources.append(RewardSource(unique_name(function.name, taken), function=function))
         else:
             name = unique_name(model_name(func), taken)

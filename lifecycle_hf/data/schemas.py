@@ -166,6 +166,24 @@ def to_unpaired(dataset: Dataset, where: str) -> Dataset:
     return _chats(dataset, "completion")
 
 
+def to_targets(dataset: Dataset, where: str) -> Dataset:
+    """Return `dataset` with its columns prompt and completion, and a label that is true for every row.
+
+    Of chats in a column "messages" the completion is the last message.
+
+    Raises:
+        ValueError: see `validate`; a chat that does not end with an answer, or has nothing before it.
+    """
+    if "messages" in dataset.column_names and "prompt" not in dataset.column_names:
+        wrong = next(
+            (i for i, m in enumerate(dataset["messages"]) if len(m) < 2 or m[-1]["role"] != "assistant"), None
+        )
+        if wrong is not None:
+            raise ValueError(f"{where}: the chat of row {wrong} does not end with an answer to a message: drop it.")
+        dataset = dataset.map(lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]})
+    return to_unpaired(dataset.add_column("label", [True] * len(dataset)), where)
+
+
 def to_prompts(dataset: Dataset, where: str) -> Dataset:
     """Return `dataset` with a column "prompt" (text or messages) from prompt, prompt-completion or preference rows.
 

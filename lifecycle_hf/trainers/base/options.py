@@ -15,7 +15,7 @@ LIMITS = (
             "ppo_epochs", "num_mini_batches", "max_prompt_length", "max_completion_length", "generation_batch_size",
             "ptx_batch_size", "ptx_max_length", "max_faults", "num_completions_to_print", "ewc_rows", "projection_k",
             "projection_batches", "projection_every", "precompute_ref_batch_size", "dataset_num_proc",
-            "num_generations",
+            "num_generations", "rounds",
         ),
         lambda value: isinstance(value, int) and value >= 1, "must be at least 1, and whole",
     ),
@@ -128,6 +128,59 @@ class MitigationOptions:
         "Compute all k directions anew ('fresh'), or one, and keep the last k ('running').",
         choices=("fresh", "running"),
     )
+
+
+@dataclass
+class SamplingOptions:
+    """Options of the trainers that learn from samples of their policy."""
+
+    max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all prompts.")
+    max_completion_length: int = option(256, "Maximum number of tokens in a completion.")
+    chat_template_kwargs: dict | str | None = option(
+        None, "Arguments of the chat template, such as enable_thinking; a column of this name has precedence."
+    )
+    temperature: float = option(1.0, "Sampling temperature; the policy gradient is that of log-probs at it, too.")
+    stop_tokens: list[str] | None = option(
+        None, "Tokens that end a completion; by default the EOS tokens of the tokenizer and of the model."
+    )
+    generation_batch_size: int | None = option(None, "Prompts decoded together; a whole rollout by default.")
+    merge_adapter: bool | None = option(
+        None,
+        "Decode with the adapter merged into a copy of its layers' weights, which is faster. By default only if these "
+        "are fp32, because bf16 would round small changes away.",
+    )
+    missing_eos_penalty: float | None = option(None, "Subtract this from the score of completions without stop token.")
+
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward function; 1 each by default. One of weight 0 is logged, and not trained on."
+    )
+    reward_timeout: float | None = option(
+        None,
+        "Seconds that a reward callable may take for a rollout; None sets no limit. A call that took longer may "
+        "still be running when the callable is called again.",
+    )
+    reward_retries: int = option(0, "How often to call a reward callable again after it raised or timed out.")
+
+    log_completions: bool = option(True, "Print a table of sample completions every logging_steps.")
+    num_completions_to_print: int = option(4, "Rows of that table.")
+    on_hacking: str = option(
+        "warn",
+        "If completions, scores or lengths look like reward hacking: 'warn', or also 'stop' after the next optimizer "
+        "step, with a checkpoint.",
+        choices=("warn", "stop"),
+    )
+
+    use_vllm: bool = option(False, "Sample with a vLLM server, which needs its own GPU; see docs/scaling.md.")
+    vllm_server_base_url: str = option("http://localhost:8000", "Address of the vLLM server.")
+    vllm_server_timeout: float = option(240.0, "Seconds to wait until the vLLM server answers.")
+
+    def sampling_conflicts(self) -> list[tuple[bool, str]]:
+        """Return what [`TrainerConfig.conflicts`] returns, for the options of sampling."""
+        vllm, size = self.use_vllm, self.generation_batch_size
+        return [
+            (vllm and self.merge_adapter is False, "use_vllm sends merged weights: leave merge_adapter out."),
+            (vllm and size is not None, f"use_vllm decodes whole rollouts: leave generation_batch_size={size} out."),
+        ]
 
 
 @dataclass

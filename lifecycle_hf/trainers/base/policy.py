@@ -247,7 +247,8 @@ class PolicyBuilder:
             raise ValueError("ref_model is the model that trains, and would be frozen with it: leave ref_model out.")
         if ref_model is not None:
             return {"reference": load_causal_lm(ref_model, init_kwargs=self.init_kwargs).eval()}
-        if self.starts_from_adapter:
+        moves = getattr(self.args, "rounds", 1) > 1  # a reference that moves needs weights of its own
+        if self.starts_from_adapter or (moves and self.shared is not None):
             self.shared.copy_role("reference", self.shared.policy)
             return {"reference_role": "reference"}
         if self.shared is not None:

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from lifecycle_hf.trainers.base.options import PolicyConfig, option
+from lifecycle_hf.trainers.base.options import PolicyConfig, SamplingOptions, option
 
 GROUPED = ("rloo", "grpo")
 """Advantage estimators that compare the completions of one prompt."""
 
 
 @dataclass
-class PPOConfig(PolicyConfig):
+class PPOConfig(SamplingOptions, PolicyConfig):
     """Hold the options of PPO and those of `transformers.TrainingArguments`; `--help` of the recipe describes each.
 
     One *update* is a rollout of `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches`
@@ -39,22 +39,6 @@ class PPOConfig(PolicyConfig):
         choices=("head", "adapter", "model"),
     )
     num_generations: int = option(1, "Completions of each prompt in a rollout; an evaluation samples one.")
-    max_prompt_length: int | None = option(512, "Drop prompts with more tokens than this; None keeps all prompts.")
-    max_completion_length: int = option(256, "Maximum number of tokens in a completion.")
-    chat_template_kwargs: dict | str | None = option(
-        None, "Arguments of the chat template, such as enable_thinking; a column of this name has precedence."
-    )
-    temperature: float = option(1.0, "Sampling temperature; old, new and reference log-probs use it, too.")
-    stop_tokens: list[str] | None = option(
-        None, "Tokens that end a completion; by default the EOS tokens of the tokenizer and of the model."
-    )
-    generation_batch_size: int | None = option(None, "Prompts decoded together; a whole rollout by default.")
-    merge_adapter: bool | None = option(
-        None,
-        "Decode with the adapter merged into a copy of its layers' weights, which is faster. By default only if these "
-        "are fp32, because bf16 would round small changes away.",
-    )
-
     ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimizer steps per pass over a rollout.")
     cliprange: float = option(0.2, "Clip range ε of the probability ratio.")
@@ -97,7 +81,6 @@ class PPOConfig(PolicyConfig):
     bootstrap_truncated: bool = option(
         False, "If max_completion_length cuts a completion off, bootstrap with the value after its last token."
     )
-    missing_eos_penalty: float | None = option(None, "Subtract this from the score of completions without stop token.")
 
     kl_coef: float = option(0.05, "β, weight of the KL; at the start, if β changes.")
     kl_in_loss: bool = option(
@@ -120,18 +103,12 @@ class PPOConfig(PolicyConfig):
     kl_coef_min: float = option(0.0, "Adaptive and exponential: minimum of β.")
     kl_coef_max: float = option(1.0, "Exponential and budget: maximum of β.")
 
-    reward_weights: list[float] | None = option(
-        None, "Weight of each reward function; 1 each by default. One of weight 0 is logged, and not trained on."
-    )
     reward_normalization: str = option(
         "none",
         "Normalise scores by the mean and deviation of the 'batch', by 'running' ones, or not ('none').",
         choices=("none", "batch", "running"),
     )
     reward_clip: float | None = option(None, "Clip scores to ± this value, after normalisation.")
-
-    log_completions: bool = option(True, "Print a table of sample completions every logging_steps.")
-    num_completions_to_print: int = option(4, "Rows of that table.")
 
     on_fault: str = option(
         "stop",
@@ -149,25 +126,9 @@ class PPOConfig(PolicyConfig):
         "A rollout is a fault (the policy has collapsed) if its mean entropy per token is lower than this, or if each "
         "completion is a single token. 0 switches both checks off, for tasks with answers of one token.",
     )
-    on_hacking: str = option(
-        "warn",
-        "If completions, scores or lengths look like reward hacking: 'warn', or also 'stop' after the next optimizer "
-        "step, with a checkpoint.",
-        choices=("warn", "stop"),
-    )
-    reward_timeout: float | None = option(
-        None,
-        "Seconds that a reward callable may take for a rollout; None sets no limit. A call that took longer may "
-        "still be running when the callable is called again.",
-    )
-    reward_retries: int = option(0, "How often to call a reward callable again after it raised or timed out.")
-
-    use_vllm: bool = option(False, "Sample with a vLLM server, which needs its own GPU; see docs/scaling.md.")
-    vllm_server_base_url: str = option("http://localhost:8000", "Address of the vLLM server.")
-    vllm_server_timeout: float = option(240.0, "Seconds to wait until the vLLM server answers.")
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        control, coef, vllm, size = self.kl_control, self.kl_coef, self.use_vllm, self.generation_batch_size
+        control, coef = self.kl_control, self.kl_coef
         best, estimator = self.metric_for_best_model, self.advantage_estimator
         steered = control in ("adaptive", "ziegler")
         stays = coef == 0 and (steered or control == "exponential")
@@ -191,8 +152,7 @@ class PPOConfig(PolicyConfig):
             ),
             (floor > coef, f"kl_coef_min={floor} is above kl_coef={coef}: lower it."),
             (too_low, f"max_kl={self.max_kl} must be above kl_target={self.kl_target}."),
-            (vllm and self.merge_adapter is False, "use_vllm sends merged weights: leave merge_adapter out."),
-            (vllm and size is not None, f"use_vllm decodes whole rollouts: leave generation_batch_size={size} out."),
+            *self.sampling_conflicts(),
             (best in ("loss", "eval_loss"), f"metric_for_best_model: PPO measures no {best}; name one, as 'score'."),
             (self.accelerator_config.split_batches, "split_batches would split a rollout: leave it out."),
         ]

@@ -26,6 +26,7 @@ from lifecycle_hf.objectives.policy import (
 )
 from lifecycle_hf.trainers.base.capability import PretrainingRows
 from lifecycle_hf.trainers.base.mitigations import check_mitigations, protect
+from lifecycle_hf.trainers.base.options import SamplingOptions
 from lifecycle_hf.trainers.base.policy import PolicyTrainerMixin
 from lifecycle_hf.trainers.policy.buffer import RolloutBuffer, RolloutSampler
 from lifecycle_hf.trainers.policy.builder import ActorCriticBuilder, check_reward_columns, check_room, prepare_prompts
@@ -85,7 +86,7 @@ class PPOTrainer(PolicyTrainerMixin, Trainer):
         "Maximise E[r(x, y) − β·log(π/π_ref)] + γ_ptx·E_pretrain[log π] by PPO's clipped surrogate: GAE, a clipped "
         "value loss, the KL (k1) in the reward of every token, the pretraining loss as a mean per token."
     )
-    card_options = tuple(PPOConfig.__annotations__)
+    card_options = (*SamplingOptions.__annotations__, *PPOConfig.__annotations__)
     card_paper = ("Training language models to follow instructions with human feedback", "2203.02155")
 
     def __init__(

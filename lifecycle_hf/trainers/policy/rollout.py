@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.utils import print_prompt_completions_sample
 
-from lifecycle_hf.completions.rewards import KeptScores, RunningMoments, Samples
+from lifecycle_hf.completions.rewards import KeptScores, RunningMoments
 from lifecycle_hf.completions.scorer import RewardScorer, RewardSource
 from lifecycle_hf.completions.scoring import Completions
 from lifecycle_hf.objectives.policy import (
@@ -21,7 +20,7 @@ from lifecycle_hf.objectives.policy import (
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
 from lifecycle_hf.trainers.policy.config import GROUPED
 from lifecycle_hf.trainers.policy.hacking import RolloutLook, look_at_all
-from lifecycle_hf.trainers.policy.sampler import PolicySampler
+from lifecycle_hf.trainers.policy.sampler import PolicySampler, show_samples
 
 
 class RolloutMaker:
@@ -85,7 +84,7 @@ class RolloutMaker:
         for name, values in ({f"reward/{name}": values for name, values in raw.items()} | {"score": scores}).items():
             metrics.add(name, values.sum(), len(rows))
         if training and self.args.log_completions:
-            self._show(samples, raw, scores)
+            show_samples(self.trainer, samples, raw | {"score": scores}, self.args.steps_per_update)
         scored, self._sums, self.kept, self._score_sum = [{} for _ in batches], [], {}, scores.sum()
         if training and self.defers:
             scored = [as_tensors(batch) for batch in batches]
@@ -240,15 +239,6 @@ class RolloutMaker:
     def _reduce(self, *values) -> list[float]:
         local = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(local, "sum").tolist()
-
-    def _show(self, samples: Samples, raw: dict[str, torch.Tensor], scores: torch.Tensor) -> None:
-        """Print a table of completions, once in `logging_steps` optimizer steps."""
-        state, per_update, n = self.trainer.state, self.args.steps_per_update, self.args.num_completions_to_print
-        every = max(1, round(state.logging_steps or 1) // per_update)
-        if self.accelerator.is_main_process and (state.global_step // per_update) % every == 0:
-            columns = {name: values[:n].tolist() for name, values in (raw | {"score": scores}).items()}
-            prompts, completions = samples.prompts[:n], samples.completions[:n]
-            print_prompt_completions_sample(prompts, completions, columns, None, state.global_step)
 
 
 def as_tensors(batch: Completions) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from trl.models.utils import add_hooks, remove_hooks
+from trl.trainer.utils import print_prompt_completions_sample
 
 from lifecycle_hf.completions.rewards import Samples
 from lifecycle_hf.completions.sampling import VLLMSampler, generate
@@ -30,17 +31,20 @@ class PolicySampler:
             check_vllm(self.accelerator.unwrap_model(trainer.model), trainer.is_fsdp_enabled)
             self.vllm = VLLMSampler(self.accelerator, self.args.vllm_server_base_url, self.args.vllm_server_timeout)
 
-    def sample(self, rows: list[dict], n: int = 1, seed: int | None = None) -> tuple[Samples, list[list[int]]]:
+    def sample(
+        self, rows: list[dict], n: int = 1, seed: int | None = None, *, reference: bool = False
+    ) -> tuple[Samples, list[list[int]]]:
         """Return `n` completions in a row for each row, as texts with the row's other columns, and as tokens.
 
         Args:
             rows: dicts with "prompt" and "prompt_ids".
             seed: seed of this call, which then leaves torch's random state unchanged.
+            reference: sample from the reference instead of the policy.
         """
         args, prompts = self.args, [row["prompt_ids"] for row in rows]
         options = {"max_new_tokens": args.max_completion_length, "temperature": args.temperature}
         options |= {"stop_token_ids": self.stop_token_ids, "generator_seed": seed, "num_generations": n}
-        with self._whole_policy() as policy, self.accelerator.autocast():
+        with self._whole_model(reference) as policy, self.accelerator.autocast():
             if self.vllm is not None:
                 ids = self.vllm(_untied(role_weights(policy)), prompts, **options)
             else:
@@ -56,15 +60,16 @@ class PolicySampler:
         return torch.tensor([ids[-1] in self.stop_token_ids for ids in completion_ids])
 
     @contextmanager
-    def _whole_policy(self):
-        """Yield the policy. If it is sharded, it is gathered once for the whole decoding, not for every token."""
+    def _whole_model(self, reference: bool):
+        """Yield the policy or the reference. If it is sharded, it is gathered once for the whole decoding."""
         engine = self.trainer.model_wrapped
         models = self.accelerator.unwrap_model(engine)
-        policy = models.policy
-        with models.role(models.policy_role), unsharded(models):
+        policy = models.reference if reference and models.reference is not None else models.policy
+        role = (reference and models.reference_role) or models.policy_role
+        with models.role(role), unsharded(models):
             sharded = [p for p in policy.parameters() if hasattr(p, "ds_id")]
             if not sharded:
-                with models.shared.merged() if self._merges(models) else nullcontext():
+                with models.shared.merged() if role != "base" and self._merges(models) else nullcontext():
                     yield policy
                 return
             from deepspeed.runtime.zero import GatheredParameters
@@ -105,3 +110,16 @@ def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return every tensor once, under the first of its names."""
     names = {id(tensor): name for name, tensor in reversed(weights.items())}
     return {name: tensor for name, tensor in weights.items() if names[id(tensor)] == name}
+
+
+def show_samples(trainer, samples: Samples, columns: dict[str, torch.Tensor], steps: int = 1) -> None:
+    """Print a table of completions and their scores on the main process, once in `logging_steps` optimizer steps.
+
+    Args:
+        steps: optimizer steps between two calls.
+    """
+    state, n = trainer.state, trainer.args.num_completions_to_print
+    every = max(1, round(state.logging_steps or 1) // steps)
+    if trainer.accelerator.is_main_process and (state.global_step // steps) % every == 0:
+        shown = {name: values[:n].tolist() for name, values in columns.items()}
+        print_prompt_completions_sample(samples.prompts[:n], samples.completions[:n], shown, None, state.global_step)

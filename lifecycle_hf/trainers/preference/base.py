@@ -219,20 +219,32 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in transformers, but count the examples of the step, over all its micro-batches and ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(len(batch["input_ids"]) for batch in batches) / len(self.columns)
+        batches = self.made(batches)
+        count = sum(self._examples(batch) for batch in batches)
         self._step_examples = self.accelerator.reduce(torch.tensor(count, device=device), "sum").item()
         return batches, None
+
+    def made(self, batches: list) -> list[dict[str, torch.Tensor]]:
+        """Return the micro-batches of an optimizer step; a trainer that samples makes them of rows here."""
+        return batches
+
+    def _examples(self, inputs: dict[str, torch.Tensor]) -> float:
+        """Return the number of examples of a micro-batch, without those of weight 0."""
+        return float(inputs["weights"].sum()) if "weights" in inputs else len(inputs["input_ids"]) / len(self.columns)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, rows = self.losses(model, inputs)
         training = self.model.training
+        if (weights := inputs.get("weights")) is not None:
+            losses, rows = losses * weights, {k: (total * weights, n * weights) for k, (total, n) in rows.items()}
         if training:
             # DDP and the other engines average gradients over processes. The loss is a share of a sum, so undo that.
-            loss = self.with_auxiliary(losses.sum() / self._step_examples * self.accelerator.num_processes)
+            share = losses.sum() / max(self._step_examples, 1)
+            loss = self.with_auxiliary(share * self.accelerator.num_processes)
             self._count_tokens(model, inputs)
         else:
             loss = losses.mean()
-            rows = rows | {"loss": (losses, torch.ones_like(losses))}
+            rows = rows | {"loss": (losses, torch.ones_like(losses) if weights is None else weights)}
         table = torch.stack([column.detach().double() for pair in rows.values() for column in pair], dim=1)
         if not training:  # without the rows that only fill up the last batch
             table = self.accelerator.gather_for_metrics(table)
