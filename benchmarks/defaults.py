@@ -21,6 +21,8 @@ DEFAULTS = {
     "ppo": ("ppo", {"log_completions": "false", "measure_updates": 0}),
     "rloo": ("rloo", {"log_completions": "false", "measure_updates": 0}),
     "grpo": ("grpo", {"log_completions": "false", "measure_updates": 0}),
+    "online_dpo": ("online_dpo", {"measure_rows": 8, "log_completions": "false"}),
+    "spin": ("spin", {"measure_rows": 8, "log_completions": "false"}),
     "dpo": ("dpo", {"measure_rows": 8}),
     "ipo": ("dpo", {"objective": "ipo", "measure_rows": 8}),
     "orpo": ("dpo", {"objective": "orpo", "measure_rows": 8}),
