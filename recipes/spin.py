@@ -15,7 +15,7 @@ from lifecycle_hf import SPINConfig, SPINTrainer, cli
 
 
 def main(script_args, args, model_args):
-    inputs = cli.trainer_inputs(script_args, args, model_args, "sft", start="sft")
+    inputs = cli.trainer_inputs(script_args, args, model_args, "reward", start="sft")
     inputs["eval_dataset"] = cli.first_rows(inputs["eval_dataset"], script_args.measure_rows)
     trainer = SPINTrainer(**inputs)
     evaluated = {"target_logp": ("eval_logps/chosen", True), "reward_margin": ("eval_rewards/margins", True)}

@@ -169,18 +169,23 @@ def to_unpaired(dataset: Dataset, where: str) -> Dataset:
 def to_targets(dataset: Dataset, where: str) -> Dataset:
     """Return `dataset` with its columns prompt and completion, and a label that is true for every row.
 
-    Of chats in a column "messages" the completion is the last message.
+    Of chats in a column "messages" the completion is the last message, of preference pairs it is the chosen answer.
 
     Raises:
         ValueError: see `validate`; a chat that does not end with an answer, or has nothing before it.
     """
-    if "messages" in dataset.column_names and "prompt" not in dataset.column_names:
-        wrong = next(
-            (i for i, m in enumerate(dataset["messages"]) if len(m) < 2 or m[-1]["role"] != "assistant"), None
-        )
+    columns = set(dataset.column_names)
+    if "messages" in columns and "prompt" not in columns:
+        chats = enumerate(dataset["messages"])
+        wrong = next((i for i, chat in chats if len(chat) < 2 or chat[-1]["role"] != "assistant"), None)
         if wrong is not None:
             raise ValueError(f"{where}: the chat of row {wrong} does not end with an answer to a message: drop it.")
         dataset = dataset.map(lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]})
+    elif {"chosen", "rejected"} <= columns:
+        dataset = to_preference(dataset, where)
+        dataset = dataset if "prompt" in dataset.column_names else dataset.map(maybe_extract_prompt)
+        dataset = dataset.rename_column("chosen", "completion").remove_columns("rejected")
+    validate(dataset, "prompt-completion", where)
     return to_unpaired(dataset.add_column("label", [True] * len(dataset)), where)
 
 
