@@ -229,7 +229,8 @@ def lora(setting: Setting) -> peft.LoraConfig | None:
 
 def ours(setting: Setting, args, paths: dict, rows: list[dict], connection, folder: str):
     from lifecycle_hf import PPOConfig, PPOTrainer
-    from lifecycle_hf.trainers.policy import rollout, sampler
+    from lifecycle_hf.trainers.base import sampler
+    from lifecycle_hf.trainers.policy import rollout
 
     epochs, tokenizer = setting.epochs or args.epochs, AutoTokenizer.from_pretrained(paths["tokenizer"])
     probe, half = Probe(args, connection, epochs), setting.bf16 or args.cuda

@@ -28,7 +28,7 @@ class Gain(NamedTuple):
 
 
 def no_merging() -> None:
-    from lifecycle_hf.trainers.policy.sampler import PolicySampler
+    from lifecycle_hf.trainers.base.sampler import PolicySampler
 
     PolicySampler._merges = lambda self, models: False
 

@@ -1,6 +1,6 @@
 """Train on pairs that the policy samples and a reward model or function ranks: online DPO, and iterative DPO.
 
-The embedded default takes about two minutes on a CPU:
+The embedded default takes about a minute on a CPU:
     python recipes/online_dpo.py
 Your own model and data, in a YAML file or as options:
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/online_dpo.py --model_name_or_path MODEL

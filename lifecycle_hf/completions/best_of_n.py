@@ -117,8 +117,7 @@ def best_of_n(
 ) -> BestOfN:
     """Sample `n` completions of each prompt, score them, and keep all of them with their scores in JSON lines.
 
-    A call that was killed goes on where it stopped, and gives what it would have given. The samples of a batch whose
-    scoring fails are in the folder, too.
+    A call that was killed goes on where it stopped. The samples of a batch whose scoring fails are in the folder, too.
 
     Args:
         model: causal LM or PEFT model over one.
@@ -128,9 +127,6 @@ def best_of_n(
         reward_weights: weight of each reward function; 1 each by default. One of weight 0 is held out.
         batch_size: prompts that are decoded together, each with its `n` completions.
         rank, world_size: this process and the number of processes, which share the prompts.
-
-    Returns:
-        the samples of this process.
 
     Raises:
         ValueError: the folder has samples with other settings, `n` is below 1, or a reward function fails.
@@ -145,23 +141,22 @@ def best_of_n(
     stops = stop_token_ids(model, tokenizer)
     settings = {"n": n, "temperature": temperature, "max_completion_length": max_completion_length, "seed": seed}
     settings |= {"batch_size": batch_size, "world_size": world_size, "prompts": len(rows), "weights": weights}
-    settings |= {"model": model.config._name_or_path}
-    check_settings(folder / SETTINGS.format(rank=rank), settings)
+    check_settings(folder / SETTINGS.format(rank=rank), settings | {"model": model.config._name_or_path})
     path = folder / SAMPLES.format(rank=rank)
     found = read_samples(path)
+    done = {row["index"] for row in found}
     options = {"max_new_tokens": max_completion_length, "temperature": temperature, "stop_token_ids": stops}
     options |= {"pad_token_id": tokenizer.pad_token_id or 0, "num_generations": n}
     starts = range(rank * batch_size, len(rows), batch_size * world_size)
     with tqdm(total=sum(min(batch_size, len(rows) - s) for s in starts), desc="Best of N", unit="prompt") as bar:
         bar.update(len(found))
         for start in starts:
-            if start in {row["index"] for row in found}:
-                continue
-            part = rows.select(range(start, min(start + batch_size, len(rows))))
-            ids = generate(model, list(part["prompt_ids"]), **options, generator_seed=seed * 1_000_003 + start)
-            made = scored_rows(part, ids, n, tokenizer, scorer, weights, stops)
-            found += append_samples(path, [{"index": start + i} | row for i, row in enumerate(made)])
-            bar.update(len(made))
+            if start not in done:
+                part = rows.select(range(start, min(start + batch_size, len(rows))))
+                ids = generate(model, list(part["prompt_ids"]), **options, generator_seed=seed * 1_000_003 + start)
+                made = scored_rows(part, ids, n, tokenizer, scorer, weights, stops)
+                found += append_samples(path, [{"index": start + i} | row for i, row in enumerate(made)])
+                bar.update(len(made))
     return BestOfN(found, weights)
 
 

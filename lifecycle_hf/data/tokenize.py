@@ -241,22 +241,16 @@ def tokenize_pairs(
 
 
 def tokenize_unpaired(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    where: str,
-    keep: Sequence[str] = ("ref_logps",),
-    **options,
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, where: str, **options
 ) -> Dataset:
     """Return the columns "prompt_ids", "prompt_key", "completion_ids" and "label" (true: desirable).
 
     The tokens are the same as in TRL's KTOTrainer. Two rows have the same "prompt_key" only if they have the same
     prompt. A row is dropped, with one warning for all, if the completion is empty or refused by the chat template, if
-    the prompt leaves no room for it, or if the label is missing or neither true nor false.
+    the prompt leaves no room for it, or if the label is missing or neither true nor false. A column "ref_logps" is
+    kept.
 
     Args:
-        keep: columns that stay, where they are there.
         options: `strict` and `num_proc`, see `map_usable`.
 
     Raises:
@@ -279,7 +273,7 @@ def tokenize_unpaired(
         return texts, finish
 
     nothing = {"prompt_ids": [], "prompt_key": "", "completion_ids": [], "label": False}
-    return map_usable(dataset, tokenizer, plan, nothing, list(keep), where=where, **options)
+    return map_usable(dataset, tokenizer, plan, nothing, ["ref_logps"], where=where, **options)
 
 
 def _key(prompt: Text) -> str:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from lifecycle_hf.trainers.policy import sampler
+from lifecycle_hf.trainers.base import sampler
 from lifecycle_hf.trainers.policy.config import PPOConfig
 from lifecycle_hf.trainers.policy.groups import GRPOConfig, GRPOTrainer
 from lifecycle_hf.trainers.policy.ppo import PPOTrainer

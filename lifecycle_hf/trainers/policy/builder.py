@@ -1,10 +1,8 @@
 """Build the module that PPO runs from names, paths, models and callables, and check them before training."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
@@ -13,8 +11,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from lifecycle_hf.completions.rewards import CallableReward
 from lifecycle_hf.completions.scorer import RewardSource, as_list, is_callable, model_name, unique_name
 from lifecycle_hf.completions.scoring import unwrapped
-from lifecycle_hf.data.schemas import refuse_stream, to_prompts
-from lifecycle_hf.data.tokenize import tokenize_prompts
 from lifecycle_hf.models.heads import RewardModel
 from lifecycle_hf.models.loading import (
     disable_dropout,
@@ -29,7 +25,6 @@ from lifecycle_hf.models.loading import (
 from lifecycle_hf.models.roles import SharedBase, load_adapter_weights, role_weights
 from lifecycle_hf.trainers.base.policy import PolicyBuilder
 from lifecycle_hf.trainers.policy.actor_critic import VALUE_HEAD, ActorCritic, SharedReward
-from lifecycle_hf.trainers.policy.config import PPOConfig
 
 VALUE_IS = {"head": "a head on the reference's states", "adapter": "an adapter on the policy's base"}
 ROLES = ("base", "policy", "value", "reference", "default")
@@ -195,42 +190,3 @@ def _shared_reward(path: str, shared: SharedBase, role: str) -> SharedReward:
     shared.add_role(role, PeftConfig.from_pretrained(path), trainable=False)
     load_adapter_weights(shared.model, role, weights, path)
     return SharedReward(head, read_adapter_notes(path).get("reward_center", 0.0))
-
-
-def prepare_prompts(dataset: Dataset, tokenizer, args: PPOConfig, where: str) -> Dataset:
-    """Return rows with "prompt" (of at most `max_prompt_length` tokens), "prompt_ids" and the other columns."""
-    options = {"max_length": args.max_prompt_length, "where": where, "strict": args.strict_data}
-    refuse_stream(dataset, where)
-    dataset = to_prompts(dataset, where)
-    if args.chat_template_kwargs:
-        dataset = dataset.map(partial(_with_template_kwargs, args.chat_template_kwargs))
-    return tokenize_prompts(dataset, tokenizer, **options, num_proc=args.dataset_num_proc)
-
-
-def _with_template_kwargs(given: dict, row: dict) -> dict:
-    own = row.get("chat_template_kwargs") or {}
-    return {"chat_template_kwargs": given | {name: value for name, value in own.items() if value is not None}}
-
-
-def check_reward_columns(sources: list[RewardSource], columns: list[str]) -> None:
-    """Raise a ValueError if a reward callable needs a column that the dataset does not have."""
-    for source in sources:
-        missing = source.function.required.difference(columns) if source.function else set()
-        if missing:
-            raise ValueError(
-                f"The reward function {source.name!r} needs {sorted(missing)}, and train_dataset has the columns "
-                f"{columns}: add the missing ones, or give these parameters defaults."
-            )
-
-
-def check_room(model: nn.Module, args: PPOConfig) -> None:
-    """Shorten prompts and texts to the model's number of positions; raise a ValueError if no prompt would fit."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and room <= args.max_completion_length:
-        raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt, as the model has {room} "
-            "positions: lower it."
-        )
-    if room is not None and (args.max_prompt_length or room) + args.max_completion_length > room:
-        args.max_prompt_length = room - args.max_completion_length
-    args.ptx_max_length = min(args.ptx_max_length, room or args.ptx_max_length)

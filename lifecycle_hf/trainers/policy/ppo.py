@@ -25,14 +25,15 @@ from lifecycle_hf.objectives.policy import (
     ppo_value_loss,
 )
 from lifecycle_hf.trainers.base.capability import PretrainingRows
+from lifecycle_hf.trainers.base.hacking import HackingAlarm
 from lifecycle_hf.trainers.base.mitigations import check_mitigations, protect
 from lifecycle_hf.trainers.base.options import SamplingOptions
 from lifecycle_hf.trainers.base.policy import PolicyTrainerMixin
+from lifecycle_hf.trainers.base.prompts import check_reward_columns, check_room, prepare_prompts
 from lifecycle_hf.trainers.policy.buffer import RolloutBuffer, RolloutSampler
-from lifecycle_hf.trainers.policy.builder import ActorCriticBuilder, check_reward_columns, check_room, prepare_prompts
+from lifecycle_hf.trainers.policy.builder import ActorCriticBuilder
 from lifecycle_hf.trainers.policy.config import PPOConfig
 from lifecycle_hf.trainers.policy.faults import FaultGuard
-from lifecycle_hf.trainers.policy.hacking import HackingAlarm
 from lifecycle_hf.trainers.policy.kl_budget import BudgetKeeper
 from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 

@@ -17,10 +17,10 @@ from lifecycle_hf.objectives.policy import (
     token_rewards,
     whiten,
 )
+from lifecycle_hf.trainers.base.hacking import RolloutLook, look_at_all
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
+from lifecycle_hf.trainers.base.sampler import PolicySampler, show_samples
 from lifecycle_hf.trainers.policy.config import GROUPED
-from lifecycle_hf.trainers.policy.hacking import RolloutLook, look_at_all
-from lifecycle_hf.trainers.policy.sampler import PolicySampler, show_samples
 
 
 class RolloutMaker:

@@ -79,7 +79,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         self._tokenizing["num_proc"] = args.dataset_num_proc
         train_dataset = self.prepare_train(self._tokenized(train_dataset, "train_dataset"))
         eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
-        needed = self.needs_reference and not self._all_have_reference(train_dataset, eval_dataset)
+        needed = self.needs_reference and not all_have(self.ref_columns, train_dataset, eval_dataset)
         reference = builder.reference(ref_model) if needed else {}
         whole = PolicyAndReference(builder.policy, shared=builder.shared, **reference)
         if args.disable_dropout:
@@ -91,7 +91,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         self.can_return_loss, self.label_names = True, []
         if self.needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
-            self.eval_dataset = self._each(self.eval_dataset, self._with_reference, "eval")
+            self.eval_dataset = each(self.eval_dataset, self._with_reference, "eval")
             self.model.reference, self.model.reference_role = None, None
         protect(self, ptx_dataset)
 
@@ -105,22 +105,12 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         """Check the tokenised training data, and return them."""
         return dataset
 
-    @staticmethod
-    def _each(dataset, function: Callable, where: str):
-        if isinstance(dataset, dict):
-            return {name: function(part, f"{where}_{name}") for name, part in dataset.items()}
-        return dataset if dataset is None else function(dataset, where)
-
     def _tokenized(self, dataset, where: str):
         def tokenize(part, place):
             done = {"prompt_ids", *self.columns, *self.extra_columns} <= set(part.column_names)
             return with_lengths(part if done else self.tokenize(part, place), ("prompt_ids", *self.columns), self.args)
 
-        return self._each(dataset, tokenize, where)
-
-    def _all_have_reference(self, *datasets) -> bool:
-        parts = [p for d in datasets if d is not None for p in (d.values() if isinstance(d, dict) else [d])]
-        return all(set(self.ref_columns) <= set(part.column_names) for part in parts)
+        return each(dataset, tokenize, where)
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         out = self._pack(rows, self.columns)
@@ -218,8 +208,7 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in transformers, but count the examples of the step, over all its micro-batches and ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = self.made(batches)
+        batches = self.made(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
         count = sum(self._examples(batch) for batch in batches)
         self._step_examples = self.accelerator.reduce(torch.tensor(count, device=device), "sum").item()
         return batches, None
@@ -285,6 +274,19 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
                 "(docs/preference.md).",
                 stacklevel=2,
             )
+
+
+def each(dataset, function: Callable, where: str):
+    """Return `function(dataset, where)` of a dataset, of each one in a dict of them, or None."""
+    if isinstance(dataset, dict):
+        return {name: function(part, f"{where}_{name}") for name, part in dataset.items()}
+    return dataset if dataset is None else function(dataset, where)
+
+
+def all_have(columns: tuple[str, ...], *datasets) -> bool:
+    """Return whether all datasets, alone or in dicts, have the columns."""
+    parts = [p for d in datasets if d is not None for p in (d.values() if isinstance(d, dict) else [d])]
+    return all(set(columns) <= set(part.column_names) for part in parts)
 
 
 class Displacement:

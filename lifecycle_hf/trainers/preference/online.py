@@ -15,10 +15,11 @@ from lifecycle_hf.completions.scorer import reward_scorer
 from lifecycle_hf.data.schemas import to_targets
 from lifecycle_hf.data.tokenize import tokenize_unpaired
 from lifecycle_hf.models.loading import is_sharded
+from lifecycle_hf.trainers.base.hacking import HackingAlarm, look_at_all
 from lifecycle_hf.trainers.base.options import SamplingOptions, option
-from lifecycle_hf.trainers.policy.builder import check_reward_columns, check_room, prepare_prompts
-from lifecycle_hf.trainers.policy.hacking import HackingAlarm, look_at_all
-from lifecycle_hf.trainers.policy.sampler import PolicySampler, show_samples
+from lifecycle_hf.trainers.base.prompts import check_reward_columns, check_room, prepare_prompts
+from lifecycle_hf.trainers.base.sampler import PolicySampler, show_samples
+from lifecycle_hf.trainers.preference.base import each
 from lifecycle_hf.trainers.preference.config import PreferenceConfig
 from lifecycle_hf.trainers.preference.paired import PreferenceTrainer
 
@@ -173,7 +174,7 @@ class OnlineDPOTrainer(PreferenceTrainer):
         def tokenize(part, place):
             return part if "prompt_ids" in part.column_names else self.tokenize(part, place)
 
-        return self._each(dataset, tokenize, where)
+        return each(dataset, tokenize, where)
 
     def tokenize(self, dataset: Dataset, where: str) -> Dataset:
         return prepare_prompts(dataset, self._tokenizing["tokenizer"], self.args, where)
@@ -270,8 +271,10 @@ class SPINTrainer(OnlineDPOTrainer):
     def tokenize(self, dataset: Dataset, where: str) -> Dataset:
         args, limit = self.args, self.args.max_prompt_length
         options = self._tokenizing | {"max_length": None if limit is None else limit + args.max_completion_length}
-        rows = tokenize_unpaired(to_targets(dataset, where), where=where, keep=("prompt",), **options)
+        rows = tokenize_unpaired(to_targets(dataset, where), where=where, **options)
         rows = rows.rename_column("completion_ids", "target_ids")
+        decode = options["tokenizer"].batch_decode
+        rows = rows.map(lambda part: {"prompt": decode(part["prompt_ids"])}, batched=True)
         short = rows if limit is None else rows.filter(lambda row: len(row["prompt_ids"]) <= limit)
         if len(short) < len(rows):
             problem = (

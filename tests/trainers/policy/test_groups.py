@@ -10,7 +10,8 @@ from peft import LoraConfig
 from ppo_setting import PROMPTS, KeepGradients, count_e, logged
 
 from lifecycle_hf import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from lifecycle_hf.trainers.policy import rollout, sampler
+from lifecycle_hf.trainers.base import sampler
+from lifecycle_hf.trainers.policy import rollout
 
 close = torch.testing.assert_close
 OWN = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}

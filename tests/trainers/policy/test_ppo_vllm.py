@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import trainer
 
 from lifecycle_hf.completions.sampling import generate
-from lifecycle_hf.trainers.policy.sampler import check_vllm
+from lifecycle_hf.trainers.base.sampler import check_vllm
 
 
 class StandIn:

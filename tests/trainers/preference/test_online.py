@@ -7,7 +7,7 @@ from peft import LoraConfig
 from preference_setting import OPTIONS, logged
 
 from lifecycle_hf import OnlineDPOConfig, OnlineDPOTrainer, SPINConfig, SPINTrainer
-from lifecycle_hf.trainers.policy import sampler
+from lifecycle_hf.trainers.base import sampler
 
 PROMPTS = ["Tell me", "The capital", "Please", "Two and", "I am", "Of course", "Here is", "hello"]
 TARGETS = Dataset.from_dict({"prompt": PROMPTS, "completion": [" Paris", " seven", " a fox", " three"] * 2})

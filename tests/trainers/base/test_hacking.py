@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from ppo_setting import count_e, logged, trainer
 
-from lifecycle_hf.trainers.policy.hacking import HackingDetector, RolloutLook, look_at
+from lifecycle_hf.trainers.base.hacking import HackingDetector, RolloutLook, look_at
 
 RECORDED = Path(__file__).parents[2] / "fixtures" / "rollouts" / "toyworld_ppo.json.gz"
 
