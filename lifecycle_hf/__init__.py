@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a clone on the path that was never installed
 _HOMES = {
     "evaluation.report": "TaxReport",
     "mitigation.projection": "OrthogonalProjection",
+    "models.ensemble": "RewardEnsemble",
     "models.lifecycle": "LifecycleConfig LifecycleForCausalLM LifecycleForMaskedLM LifecycleForQuestionAnswering "
     "LifecycleForSequenceClassification LifecycleModel",
     "models.loading": "load_reward_model merge_adapter",

@@ -1,5 +1,7 @@
 """Scalar heads: one value per position, or one reward per sequence."""
 
+from collections.abc import Callable
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -111,6 +113,10 @@ class RewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             raw = base.score(hidden.to(next(base.score.parameters()).dtype)).squeeze(-1)
         return raw.float() - getattr(base.config, "reward_center", 0.0)
+
+    def score_states(self, last_hidden: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
+        """Return centred scores [B] from a function of the backbone to the hidden states [B, H] of the last tokens."""
+        return self.read(last_hidden(self.backbone))
 
     def forward(self, input_ids: torch.LongTensor, lengths: torch.LongTensor) -> torch.Tensor:
         """Return centred scores [B] in fp32 of right-padded rows `input_ids` [B, L] with `lengths` [B] real tokens."""

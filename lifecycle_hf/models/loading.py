@@ -107,8 +107,12 @@ def load_reward_model(
     Raises:
         ValueError: the checkpoint has no trained reward head, or a model object has neither a tokenizer nor a name.
     """
-    if isinstance(model, RewardModel):
+    if hasattr(model, "score_states"):
         return model
+    if isinstance(model, str) and (Path(model) / "ensemble.json").is_file():
+        from lifecycle_hf.models.ensemble import RewardEnsemble  # which loads its members by this function
+
+        return RewardEnsemble.from_pretrained(model, init_kwargs=init_kwargs)
     if tokenizer is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:

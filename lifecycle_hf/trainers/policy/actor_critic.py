@@ -1,7 +1,6 @@
 """The policy, value, reference and reward models as one module, so that one engine (DDP, ZeRO) wraps all of them."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -140,12 +139,15 @@ class ActorCritic(PolicyAndReference):
     @torch.no_grad()
     def _reward(self, name: str, batch: Completions) -> torch.Tensor:
         reward = self.rewards[name]
-        shared = isinstance(reward, SharedReward)
-        backbone = unwrapped(self.policy).base_model if shared else reward.backbone
-        with self.role(name) if shared else nullcontext():
+
+        def last(backbone):
             hidden = completion_hidden_states(backbone, batch, extra=1, prefix=False)
-        last = last_token_hidden(hidden, batch.completion_lengths + 1)
-        return reward(last) if shared else reward.read(last)
+            return last_token_hidden(hidden, batch.completion_lengths + 1)
+
+        if not isinstance(reward, SharedReward):
+            return reward.score_states(last)
+        with self.role(name):
+            return reward(last(unwrapped(self.policy).base_model))
 
     def save_pretrained(self, folder: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write the policy as [`PolicyAndReference.save_pretrained`] does, and the value function to `value/`."""

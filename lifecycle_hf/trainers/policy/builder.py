@@ -89,7 +89,7 @@ class ActorCriticBuilder(PolicyBuilder):
         if isinstance(func, str) and self.shared is not None and _same_base(func, self.shared):
             tokenizer = tokenizer or load_tokenizer(func, trust_remote_code=self.args.trust_remote_code)
             return _shared_reward(func, self.shared, name), tokenizer
-        if not isinstance(func, str) and tokenizer is None and not isinstance(func, RewardModel):
+        if not isinstance(func, str) and tokenizer is None and not hasattr(func, "score_states"):
             rows, ours = func.config.get_text_config().vocab_size, len(self.tokenizer)
             if rows < ours or func.config._name_or_path not in ("", self.name):
                 raise ValueError(

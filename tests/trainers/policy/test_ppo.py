@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import PROMPTS, KeepGradients, config, count_e, logged, trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
+from lifecycle_hf import RewardEnsemble
 from lifecycle_hf.completions.rewards import Samples
 from lifecycle_hf.data.collators import length_mask
 from lifecycle_hf.models.loading import load_reward_model
@@ -392,3 +393,21 @@ def test_reward_models_vocabulary_need_not_hold_the_policys_pad_token(tiny_llama
         (scores,) = run.rollouts.raw_scores(samples, 2).values()
         alone = [reward.score(reward.model(torch.tensor([row])).last_hidden_state[0, -1]) for row in rows]
     close(scores, torch.cat(alone))
+
+
+def test_an_ensemble_is_a_reward_like_any_other(tiny_llama, tmp_path, reward_model):
+    make_model, _ = tiny_llama
+    other = copy.deepcopy(reward_model)
+    torch.nn.init.normal_(other.model.score.weight, std=2.0)
+    ensemble = RewardEnsemble([reward_model, other]).fit([[7, 8, 9], [10, 11], [12]])
+    ensemble.save_pretrained(tmp_path / "ensemble")
+    scores = []
+    for given in (ensemble, str(tmp_path / "ensemble")):
+        run = trainer(tiny_llama, tmp_path / "run", reward_funcs=given, max_steps=1)
+        run.train()
+        samples = Samples(["Tell me", "Please"], [" Paris", " a fox"])
+        scores += list(run.rollouts.raw_scores(samples, 2).values())
+    ids = samples.encode(run.processing_class)
+    alone = torch.cat([ensemble(torch.tensor([row]), torch.tensor([len(row)])) for row in ids])
+    for found in scores:
+        close(found, alone, rtol=1e-4, atol=1e-5)
