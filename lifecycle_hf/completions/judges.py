@@ -1,5 +1,7 @@
 """Judges say which of two answers to a prompt is better: `judge(prompts, pairs) -> [P(first is better)]`."""
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lifecycle_hf.completions.rewards import Samples
 from lifecycle_hf.completions.scorer import RewardScorer
 from lifecycle_hf.completions.scoring import Completions, completion_logprobs
+from lifecycle_hf.completions.server import ChatServer
 from lifecycle_hf.data.tokenize import encode_prompt
 
 Prompt = str | list[dict]
@@ -91,69 +94,114 @@ class RewardJudge:
         return torch.sigmoid(total[::2] - total[1::2]).tolist()
 
 
-class LanguageModelJudge:
-    """Ask a language model for the letter of the better answer, in both orders.
+class BothOrders:
+    """Base of the judges that are asked for the letter of the better answer, in both orders.
 
-    p(a, b) = p_A / (p_A + p_B), from the probabilities of the two letters as the next token;
-    P(a is better) = (p(a, b) + 1 − p(b, a)) / 2. So swapped answers give 1 − P, and a judge that always says the same
-    letter gives 1/2.
+    p(a, b) is the probability of the first letter, of the two; P(a is better) = (p(a, b) + 1 − p(b, a)) / 2. So
+    swapped answers give 1 − P, and a judge that always says the same letter gives 1/2.
 
     Args:
-        model, tokenizer: causal LM; with a chat template the question is a user message.
         question: text with {prompt}, {first} and {second}, which asks for a letter.
         letters: the two answers.
-        batch_size: questions that the model reads together.
 
     Raises:
-        ValueError: a letter is not one token, or the question lacks a field.
+        ValueError: the question lacks a field.
 
     Reference: https://arxiv.org/abs/2212.08073, Section 4.1; https://arxiv.org/abs/2306.05685, Section 3.4.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        question: str = QUESTION,
-        letters: tuple[str, str] = ("A", "B"),
-        batch_size: int = 8,
-    ):
+    def __init__(self, question: str = QUESTION, letters: tuple[str, str] = ("A", "B")):
         missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in question]
         if missing:
             raise ValueError(f"The question of the judge lacks {', '.join(missing)}: put the field where it belongs.")
-        self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
-        ids = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in letters]
-        for letter, tokens in zip(letters, ids, strict=True):
-            if len(tokens) != 1:
-                raise ValueError(f"The judge's letter {letter!r} has {len(tokens)} tokens: choose one of one token.")
-        self.letters = ids
+        self.question, self.letters = question, letters
 
     def __call__(self, prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[float]:
         orders = [(prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
-        forward, backward = self._first_letter(orders), self._first_letter([(p, b, a) for p, a, b in orders])
+        asked = [
+            self.question.format(prompt=as_text(prompt), first=first, second=second)
+            for prompt, first, second in orders + [(prompt, b, a) for prompt, a, b in orders]
+        ]
+        forward, backward = torch.tensor(self.first_letter(asked), dtype=torch.float64).chunk(2)
         difference = torch.round((forward - backward) * 2**40) / 2**40  # so that ½ ± half of it are exact
         return (0.5 + difference / 2).tolist()
 
+    def first_letter(self, questions: list[str]) -> list[float]:
+        """Return for each question the probability of the first letter, of the two."""
+        raise NotImplementedError
+
+
+class LanguageModelJudge(BothOrders):
+    """Judge by the probabilities that a language model gives the two letters as its next token.
+
+    Args:
+        model, tokenizer: causal LM; with a chat template the question is a user message.
+        batch_size: questions that the model reads together.
+        Others: see [`BothOrders`].
+
+    Raises:
+        ValueError: a letter is not one token, or the question lacks a field.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str = QUESTION,
+        letters: tuple[str, str] = ("A", "B"), batch_size: int = 8,
+    ):  # fmt: skip
+        super().__init__(question, letters)
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.ids = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in letters]
+        for letter, tokens in zip(letters, self.ids, strict=True):
+            if len(tokens) != 1:
+                raise ValueError(f"The judge's letter {letter!r} has {len(tokens)} tokens: choose one of one token.")
+
     @torch.no_grad()
-    def _first_letter(self, asked: list[tuple[Prompt, str, str]]) -> torch.Tensor:
-        """Return the probability of the first letter among the two, fp64, for (prompt, first, second)."""
+    def first_letter(self, questions: list[str]) -> list[float]:
         chats, found = self.tokenizer.chat_template is not None, []
-        for start in range(0, len(asked), self.batch_size):
-            questions = [
-                self.question.format(prompt=as_text(prompt), first=first, second=second)
-                for prompt, first, second in asked[start : start + self.batch_size]
-            ]
-            ids = [
-                encode_prompt(self.tokenizer, [{"role": "user", "content": text}] if chats else text)
-                for text in questions
-            ]
-            batch = Completions.from_lists(
-                [row for row in ids for _ in self.letters], self.letters * len(ids), 0, self.model.device,
-                groups=[i for i in range(len(ids)) for _ in self.letters],
-            )  # fmt: skip
+        for start in range(0, len(questions), self.batch_size):
+            part = questions[start : start + self.batch_size]
+            asked = [[{"role": "user", "content": text}] if chats else text for text in part]
+            ids = [encode_prompt(self.tokenizer, question) for question in asked]
+            rows, groups = [row for row in ids for _ in self.ids], [i for i in range(len(ids)) for _ in self.ids]
+            batch = Completions.from_lists(rows, self.ids * len(ids), 0, self.model.device, groups=groups)
             logprobs = completion_logprobs(self.model, batch).logprobs.double().view(-1, 2)
-            found.append(torch.softmax(logprobs, 1)[:, 0].cpu())
-        return torch.cat(found)
+            found += torch.softmax(logprobs, 1)[:, 0].tolist()
+        return found
+
+
+class ServerJudge(BothOrders):
+    """Judge by the letter that an OpenAI-compatible server answers, or by its log-probs where it gives them.
+
+    Args:
+        server: [`ChatServer`], whose cache keeps every answer.
+        Others: see [`BothOrders`].
+
+    Raises:
+        ValueError: the server fails, or an answer holds neither letter; names the answer.
+    """
+
+    def __init__(self, server: ChatServer, question: str = QUESTION, letters: tuple[str, str] = ("A", "B")):
+        super().__init__(question, letters)
+        self.server = server
+
+    def first_letter(self, questions: list[str]) -> list[float]:
+        options = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
+        bodies = [{"messages": [{"role": "user", "content": text}]} | options for text in questions]
+        return [self._read(choice) for choice in self.server.ask(bodies)]
+
+    def _read(self, choice: dict) -> float:
+        told = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        logprobs = [
+            max((t["logprob"] for t in told if t["token"].strip() == letter), default=-math.inf)
+            for letter in self.letters
+        ]
+        text = ((choice.get("message") or {}).get("content") or "").strip()
+        if max(logprobs) == -math.inf:  # no log-probs: the answer itself
+            said = re.match(r"\W*(\w+)", text)
+            logprobs = [0.0 if said and said[1] == letter else -math.inf for letter in self.letters]
+        if max(logprobs) == -math.inf:
+            letters = " nor ".join(map(repr, self.letters))
+            raise ValueError(f"The judge {self.server.model!r} answered {text[:100]!r}, neither {letters}.")
+        return torch.softmax(torch.tensor(logprobs, dtype=torch.float64), 0)[0].item()
 
 
 def as_text(prompt: Prompt) -> str:
