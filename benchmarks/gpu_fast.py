@@ -60,7 +60,7 @@ def sides() -> dict[str, object]:
 def fast(args) -> Iterator[dict]:
     shape, batch, steps = ("tiny", 2, 4) if args.smoke else ("1B", 8, 8)
     long = 64 if args.smoke else 2048
-    for name in ("DPO", "SFT"):
+    for name in ("DPO", "SFT", "GRPO"):
         found = {side: [] for side in sides()}
         for turn in range(1 if args.smoke else 2):
             for side in found if turn % 2 == 0 else reversed(found):
@@ -83,13 +83,20 @@ def measure(args, name: str, side: str, shape: str, batch: int, steps: int, long
 
     library, tokenizer = sides()[side], build_tokenizer()
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    # A pair of `long` tokens, half of which are the prompt that both answers share.
-    lengths = {"prompt": long // 2, "chosen": long // 4, "rejected": long // 4} if name == "DPO" else {"text": long}
-    rows = Dataset.from_list(text_rows(tokenizer, batch * steps, lengths))
+    # A pair of `long` tokens, half of which are the prompt that both answers share; of GRPO one group of `batch`.
+    lengths = {"DPO": {"prompt": long // 2, "chosen": long // 4, "rejected": long // 4}, "SFT": {"text": long}}
+    lengths["GRPO"] = {"prompt": long // 4}
+    rows = Dataset.from_list(text_rows(tokenizer, batch * steps, lengths[name]))
     times = StepTimes(args.device)
-    given = {"ref_model": llama(shape, args.device, dtype)} if name == "DPO" else {}
+    given = {"DPO": {"ref_model": llama(shape, args.device, dtype)}, "GRPO": {"reward_funcs": lengths_of}}.get(
+        name, {}
+    )
+    sizes = {"max_length": long}
+    if name == "GRPO":
+        sizes = {"num_generations": batch, "max_completion_length": long // 8, "log_completions": False}
+        sizes |= {"min_entropy": 0} if side == "ours" else {}
     with tempfile.TemporaryDirectory() as folder:
-        config = getattr(library, f"{name}Config")(**options_for(args, folder, batch, steps), max_length=long)
+        config = getattr(library, f"{name}Config")(**options_for(args, folder, batch, steps), **sizes)
         run = getattr(library, f"{name}Trainer")(
             llama(shape, args.device, dtype),
             args=config,
@@ -103,7 +110,13 @@ def measure(args, name: str, side: str, shape: str, batch: int, steps: int, long
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.type == "cuda" else float("nan")
     # FLOPs of the work itself: 6 per parameter and token, 2 more for the reference; recomputed ones are left out.
     per_token = (8 if name == "DPO" else 6) * count
-    return {"seconds": times.seconds, "tokens": batch * long, "flops": batch * long * per_token, "peak_gib": peak}
+    total = batch * (long // 4 + long // 8 if name == "GRPO" else long)
+    return {"seconds": times.seconds, "tokens": total, "flops": total * per_token, "peak_gib": peak}
+
+
+def lengths_of(prompts, completions, **columns) -> list[float]:
+    """A reward that costs nothing: the number of characters."""
+    return [float(len(text)) for text in completions]
 
 
 def summary(args, name: str, seconds: float, run: dict) -> dict:
@@ -130,16 +143,13 @@ def ppo_update(args, shape: str, batch: int, long: int) -> Iterator[dict]:
     rows = Dataset.from_list(text_rows(tokenizer, 4 * batch * 2, {"prompt": long // 4}))
     phases = {"sampling": [], "scoring": [], "optimisation": []}
 
-    def reward(prompts, completions, **columns):
-        return [float(len(text)) for text in completions]
-
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             **options_for(args, folder, batch, 8), ppo_epochs=2, num_mini_batches=2, max_completion_length=new,
             advantage_estimator="reinforce", log_completions=False, min_entropy=0, on_fault="skip", max_faults=100,
         )  # fmt: skip
-        run = PPOTrainer(llama(shape, args.device, dtype), reward, config, rows, processing_class=tokenizer)
-        for owner, name, phase in ((run.rollouts, "_sample", "sampling"), (run.rollouts, "make", "scoring"),
+        run = PPOTrainer(llama(shape, args.device, dtype), lengths_of, config, rows, processing_class=tokenizer)
+        for owner, name, phase in ((run.rollouts.sampler, "sample", "sampling"), (run.rollouts, "make", "scoring"),
                                    (run, "training_step", "optimisation")):  # fmt: skip
             setattr(owner, name, timed(getattr(owner, name), args.device, phases[phase]))
         run.train()
