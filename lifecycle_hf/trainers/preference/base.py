@@ -218,14 +218,14 @@ class CompletionTrainer(PolicyTrainerMixin, Trainer):
         return batches
 
     def _examples(self, inputs: dict[str, torch.Tensor]) -> float:
-        """Return the number of examples of a micro-batch, without those of weight 0."""
         return float(inputs["weights"].sum()) if "weights" in inputs else len(inputs["input_ids"]) / len(self.columns)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, rows = self.losses(model, inputs)
         training = self.model.training
         if (weights := inputs.get("weights")) is not None:
-            losses, rows = losses * weights, {k: (total * weights, n * weights) for k, (total, n) in rows.items()}
+            weighted = {name: (total * weights, n * weights) for name, (total, n) in rows.items()}
+            losses, rows = losses * weights, weighted | inputs.get("noted", {})
         if training:
             # DDP and the other engines average gradients over processes. The loss is a share of a sum, so undo that.
             share = losses.sum() / max(self._step_examples, 1)

@@ -192,9 +192,13 @@ class OnlineDPOTrainer(PreferenceTrainer):
         self.moved.move(step * args.rounds // self.state.max_steps)
         # A seed for each step, because a resumed run restores torch's random state only after this.
         seed = (args.seed * 1_000_003 + step) * args.world_size + args.process_index
-        pairs = iter(self.pairs([row for batch in batches for row in batch], self.metrics["train"], seed))
+        groups = self.pairs([row for batch in batches for row in batch], seed)
+        for pair in (pair for group in groups for pair in group):
+            for name, (total, count) in pair["noted"].items():
+                self.metrics["train"].add(name, total, count)
         self.model_wrapped.train()
-        parts = [[pair for _ in batch for pair in next(pairs)] for batch in batches]
+        each = iter(groups)
+        parts = [[pair for _ in batch for pair in next(each)] for batch in batches]
         return [self._weighted([pair for pair in part if pair["weight"]] or part[:1]) for part in parts]
 
     def _weighted(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
@@ -202,29 +206,33 @@ class OnlineDPOTrainer(PreferenceTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if isinstance(inputs, list):
-            pairs = self.pairs(inputs, self.metrics["eval"], self.args.seed, training=False)
-            inputs = self._weighted([pair for group in pairs for pair in group])
+            pairs = [pair for group in self.pairs(inputs, self.args.seed, training=False) for pair in group]
+            noted = {name: [pair["noted"][name] for pair in pairs] for name in pairs[0]["noted"]}
+            inputs = self._weighted(pairs)
+            inputs["noted"] = {name: tuple(torch.tensor(both).T) for name, both in noted.items()}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def pairs(self, rows: list[dict], metrics, seed: int, training: bool = True) -> list[list[dict[str, Any]]]:
-        """Return the pairs of each row: token ids, and weight 0 for a tie, else 1."""
+    def pairs(self, rows: list[dict], seed: int, training: bool = True) -> list[list[dict[str, Any]]]:
+        """Return the pairs of each row: token ids, weight 0 for a tie, else 1, "noted" {metric: (total, count)}."""
         args, n = self.args, self.args.num_generations
         samples, ids = self.sampler.sample(rows, n, seed, reference=args.sample_from == "reference")
-        columns, ended = self._columns(samples, n), self.sampler.ended(ids)
-        scores = columns["score"] - (args.missing_eos_penalty or 0.0) * ~ended
-        held_out = {name: columns[name].tolist() for name, weight in self.weights.items() if weight == 0}
-        self._note(samples, ids, columns | {"score": scores}, held_out, metrics, training)
-        groups = scores.view(-1, n)
+        columns = self._columns(samples, n)
+        columns["score"] = columns["score"] - (args.missing_eos_penalty or 0.0) * ~self.sampler.ended(ids)
+        if training:
+            self._look(samples, ids, columns)
+        groups, noted, found = columns["score"].view(-1, n), self._noted(ids, columns), []
         best, worst = groups.argmax(1).tolist(), groups.argmin(1).tolist()
-        differ = (groups.amax(1) > groups.amin(1)).float().tolist()
-        metrics.add("ties", len(rows) - sum(differ), len(rows))
-        return [
-            [self._pair(row, ids[i * n + best[i]], ids[i * n + worst[i]], differ[i])] for i, row in enumerate(rows)
-        ]
+        for i, row in enumerate(rows):
+            own, tie = slice(i * n, (i + 1) * n), bool(groups[i].amax() == groups[i].amin())
+            mine = {name: (values[own].sum().item(), n) for name, values in noted.items()}
+            pair = self._pair(row, ids[own][best[i]], ids[own][worst[i]], tie)
+            found.append([pair | {"noted": mine | {"ties": (float(tie), 1)}}])
+        return found
 
     @staticmethod
-    def _pair(row: dict, chosen: list[int], rejected: list[int], weight: float) -> dict[str, Any]:
-        return {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected, "weight": weight}
+    def _pair(row: dict, chosen: list[int], rejected: list[int], tie: bool) -> dict[str, Any]:
+        ids = {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
+        return ids | {"weight": float(not tie)}
 
     def _columns(self, samples: Samples, n: int) -> dict[str, torch.Tensor]:
         """Return the scores by name [P·n], with their weighted sum, or the judge's win rates, as "score"."""
@@ -233,22 +241,21 @@ class OnlineDPOTrainer(PreferenceTrainer):
         raw = self.scorer(samples, self.args.per_device_train_batch_size * n)
         return raw | {"score": sum(self.weights[name] * values for name, values in raw.items())}
 
-    def _note(
-        self, samples: Samples, ids, columns: dict[str, torch.Tensor], held_out, metrics, training: bool
-    ) -> None:
-        """Log what was sampled, show some of it, and let the alarm look at it."""
-        ended, size = self.sampler.ended(ids), len(ids)
+    def _noted(self, ids: list[list[int]], columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what is logged of each completion, by the metric's name, [P·n]."""
+        noted = {name if name == "score" else f"reward/{name}": values.float() for name, values in columns.items()}
+        noted["completions/no_eos"] = (~self.sampler.ended(ids)).float()
+        return noted | {"completions/length": torch.tensor([float(len(row)) for row in ids])}
+
+    def _look(self, samples: Samples, ids: list[list[int]], columns: dict[str, torch.Tensor]) -> None:
+        """Let the alarm look at what was sampled, and show some of it."""
+        held_out = {name: columns[name].tolist() for name, weight in self.weights.items() if weight == 0}
         look = look_at_all(samples, list(map(len, ids)), columns["score"].tolist(), held_out)
         for name, value in look.metrics.items():
-            metrics.add(name, value)
-        metrics.add("completions/no_eos", (~ended).sum(), size)
-        metrics.add("completions/length", sum(map(len, ids)), size)
-        for name, values in columns.items():
-            metrics.add(name if name == "score" else f"reward/{name}", values.sum(), size)
-        if training:
-            self.alarm.check_rollout(look)
-            if self.args.log_completions:
-                show_samples(self, samples, columns)
+            self.metrics["train"].add(name, value)
+        self.alarm.check_rollout(look)
+        if self.args.log_completions:
+            show_samples(self, samples, columns)
 
 
 class SPINTrainer(OnlineDPOTrainer):
@@ -285,14 +292,17 @@ class SPINTrainer(OnlineDPOTrainer):
             warnings.warn(f"{problem} (max_prompt_length); they are dropped.", stacklevel=2)
         return short
 
-    def pairs(self, rows: list[dict], metrics, seed: int, training: bool = True) -> list[list[dict[str, Any]]]:
+    def pairs(self, rows: list[dict], seed: int, training: bool = True) -> list[list[dict[str, Any]]]:
         n = self.args.num_generations
         samples, ids = self.sampler.sample(rows, n, seed, reference=self.args.sample_from == "reference")
-        self._note(samples, ids, {"score": torch.zeros(len(ids))}, {}, metrics, training)
-        groups = [ids[i * n : (i + 1) * n] for i in range(len(rows))]
-        pairs = [
-            [self._pair(row, row["target_ids"], own, float(own != row["target_ids"])) for own in group]
-            for row, group in zip(rows, groups, strict=True)
-        ]
-        metrics.add("ties", sum(pair["weight"] == 0 for group in pairs for pair in group), len(ids))
-        return pairs
+        if training:
+            self._look(samples, ids, {"score": torch.zeros(len(ids))})
+        noted, found = self._noted(ids, {}), []
+        for i, row in enumerate(rows):
+            pairs = []
+            for j in range(i * n, (i + 1) * n):
+                tie, target = ids[j] == row["target_ids"], row["target_ids"]
+                mine = {name: (values[j].item(), 1) for name, values in noted.items()} | {"ties": (float(tie), 1)}
+                pairs.append(self._pair(row, target, ids[j], tie) | {"noted": mine})
+            found.append(pairs)
+        return found

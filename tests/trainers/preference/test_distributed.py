@@ -1,4 +1,4 @@
-"""DPO, KTO and ORPO in two processes on CPU give what one gives: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
+"""DPO, KTO, ORPO and online DPO in two processes on CPU give what one gives: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-NAMES = ("dpo", "dpo_cached", "dpo_lora", "kto", "orpo")
+NAMES = ("dpo", "dpo_cached", "dpo_lora", "kto", "orpo", "online")
 SLOW = pytest.mark.slow
 
 
@@ -15,7 +15,7 @@ SLOW = pytest.mark.slow
     [
         ("MULTI_CPU", NAMES, False),
         pytest.param("FSDP", NAMES, True, marks=SLOW),
-        pytest.param("ZERO2", ("dpo", "kto"), False, marks=needs_deepspeed),
+        pytest.param("ZERO2", ("dpo", "kto", "online"), False, marks=needs_deepspeed),
         pytest.param("ZERO2", NAMES, True, marks=[needs_deepspeed, SLOW]),
         pytest.param("ZERO3", NAMES, True, marks=[needs_deepspeed, SLOW]),
     ],

@@ -143,13 +143,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama, tmp_path, make, 
     assert resumed.moved.round == whole.moved.round == 2
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
-    assert logged(resumed, "score") == logged(whole, "score")
+    assert logged(resumed, "completions/length") == logged(whole, "completions/length")
 
 
 def test_spin_chooses_the_target_over_the_references_sample(tiny_llama, tmp_path):
     run = spin(tiny_llama, tmp_path, max_steps=6, rounds=2)
     rows = [run.train_dataset[i] for i in range(8)]
-    pairs = run.pairs(rows, run.metrics["eval"], 0)
+    pairs = run.pairs(rows, 0)
     for row, (pair,) in zip(rows, pairs, strict=True):
         assert pair["chosen_ids"] == row["target_ids"] and pair["weight"] == 1.0
         assert pair["chosen_ids"][-1] == run.processing_class.eos_token_id
