@@ -29,7 +29,12 @@ class OnlineDPOConfig(SamplingOptions, PreferenceConfig):
     """Hold the options of online DPO: those of [`PreferenceConfig`], of sampling, and of rounds.
 
     `per_device_train_batch_size` counts prompts; each gives one pair.
+
+    Attributes:
+        fewest: completions of a prompt that a pair needs.
     """
+
+    fewest = 2
 
     _VALID_DICT_FIELDS = [*PreferenceConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
@@ -65,12 +70,12 @@ class OnlineDPOConfig(SamplingOptions, PreferenceConfig):
             ),
         ]
 
-    fewest = 2
-
 
 @dataclass
 class SPINConfig(OnlineDPOConfig):
     """Hold the options of SPIN: those of [`OnlineDPOConfig`], with one sample of each prompt, of the reference."""
+
+    fewest = 1
 
     num_generations: int = option(1, "Completions of each prompt, each of which makes a pair with the target.")
     rounds: int = option(3, OnlineDPOConfig.__dataclass_fields__["rounds"].metadata["help"])
@@ -79,8 +84,6 @@ class SPINConfig(OnlineDPOConfig):
         OnlineDPOConfig.__dataclass_fields__["sample_from"].metadata["help"],
         choices=("policy", "reference"),
     )
-
-    fewest = 1
 
 
 class MovedReference:
@@ -139,6 +142,9 @@ class OnlineDPOTrainer(PreferenceTrainer):
         objective: a name in `OBJECTIVES`, or a `PairedObjective`.
         train_dataset, eval_dataset: prompts, chat or plain.
         Others: see [`CompletionTrainer`].
+
+    Attributes:
+        ranks: whether completions are ranked, by rewards or a judge.
 
     Raises:
         ValueError: neither or both of `reward_funcs` and `judge` are given; and as [`PreferenceTrainer`].
