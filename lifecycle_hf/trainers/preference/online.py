@@ -65,7 +65,7 @@ class OnlineDPOConfig(SamplingOptions, PreferenceConfig):
                 f"num_generations={self.num_generations}: a pair needs the best and the worst of 2 or more.",
             ),
             (
-                self.rounds > 1 and self.sample_from == "policy" and best in ("loss", "eval_loss"),
+                self.rounds > 1 and best in ("loss", "eval_loss"),
                 "metric_for_best_model: losses against different references do not compare; name score.",
             ),
         ]
