@@ -11,7 +11,9 @@ from lifecycle_hf import KTOConfig, PPOConfig, PreferenceConfig, PretrainingConf
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-NAMES = ("dpo", "kto", "ppo", "pretrain", "reward", "scaling_law", "sft")
+NAMES = (
+    "best_of_n", "dpo", "grpo", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law", "sft", "spin",
+)  # fmt: skip
 OWN = {
     "dpo": PreferenceConfig, "kto": KTOConfig, "ppo": PPOConfig, "pretrain": PretrainingConfig,
     "reward": RewardConfig, "sft": SFTConfig,

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from lifecycle_hf import PPOTrainer, cli
+from lifecycle_hf.cli import running
 from lifecycle_hf.trainers.base.callbacks import TaxMonitor
 from lifecycle_hf.trainers.policy.rollout import RolloutMaker
 
@@ -113,7 +114,7 @@ def run_recipe(options, pipe, log, die_at_file):
 
 
 def keep_final_state():
-    train_and_report = cli.train_and_report
+    train_and_report = running.train_and_report
 
     def keep(trainer, *args):
         train_and_report(trainer, *args)
@@ -122,7 +123,7 @@ def keep_final_state():
             state[name] = trainer.stateful[name].state_dict()
         (Path(trainer.args.output_dir) / "final.json").write_text(json.dumps(state))
 
-    cli.train_and_report = keep
+    running.train_and_report = keep
 
 
 def run(folder, options, kill=None):

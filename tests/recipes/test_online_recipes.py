@@ -23,7 +23,7 @@ def run(name, output, monkeypatch, *options):
     ("name", "options", "measured"),
     [
         ("grpo", ROLLOUTS, {"proxy_reward", "kl", "gold_reward"}),
-        ("rloo", ROLLOUTS, {"proxy_reward", "kl", "gold_reward"}),
+        pytest.param("rloo", ROLLOUTS, {"proxy_reward", "kl", "gold_reward"}, marks=pytest.mark.slow),
         ("online_dpo", ("--per_device_train_batch_size", "8", "--rounds", "2"), {"proxy_reward", "reward_margin"}),
         ("spin", ("--per_device_train_batch_size", "8", "--rounds", "2"), {"target_logp", "reward_margin"}),
     ],
