@@ -3,6 +3,7 @@
 The embedded default takes about a minute on a CPU:
     python recipes/online_dpo.py
 Your own model and data, in a YAML file or as options:
+    accelerate launch recipes/online_dpo.py --config recipes/configs/online_dpo_smollm2.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/online_dpo.py --model_name_or_path MODEL
         --dataset_name PROMPTS --reward_funcs MODEL_OR_MODULE:FUNCTION --use_peft --output_dir output/mine
 Iterative DPO, with a reference that moves:

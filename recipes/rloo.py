@@ -1,6 +1,6 @@
 """Train against rewards by RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, Eq. 8).
 
-The embedded default takes some minutes on a CPU:
+The embedded default takes about two minutes on a CPU:
     python recipes/rloo.py
     accelerate launch --config_file accelerate_configs/cpu_ddp.yaml recipes/rloo.py
 Your own model and data, in a YAML file or as options:

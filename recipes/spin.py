@@ -1,6 +1,6 @@
 """Train by self-play (SPIN): prefer the answers of the data to samples of the previous round's model.
 
-The embedded default takes about two minutes on a CPU:
+The embedded default takes about three minutes on a CPU:
     python recipes/spin.py
 Your own model and data, in a YAML file or as options:
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/spin.py --model_name_or_path MODEL
