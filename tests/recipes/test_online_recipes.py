@@ -25,7 +25,12 @@ def run(name, output, monkeypatch, *options):
         ("grpo", ROLLOUTS, {"proxy_reward", "kl", "gold_reward"}),
         pytest.param("rloo", ROLLOUTS, {"proxy_reward", "kl", "gold_reward"}, marks=pytest.mark.slow),
         ("online_dpo", ("--per_device_train_batch_size", "8", "--rounds", "2"), {"proxy_reward", "reward_margin"}),
-        ("spin", ("--per_device_train_batch_size", "8", "--rounds", "2"), {"target_logp", "reward_margin"}),
+        pytest.param(
+            "spin",
+            ("--per_device_train_batch_size", "8", "--rounds", "2"),
+            {"target_logp", "reward_margin"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_steps_are_measured_and_saved(name, options, measured, quick_stages, tmp_path, monkeypatch, capsys):
@@ -38,8 +43,8 @@ def test_two_steps_are_measured_and_saved(name, options, measured, quick_stages,
 
 
 def test_best_of_n_draws_its_curve_and_trains_on_the_winners(quick_stages, tmp_path, monkeypatch, capsys):
-    options = ("--rows", "24", "--num_generations", "4", "--generation_batch_size", "8", "--use_cpu", "true")
-    few = (*options, "--train", "--rounds", "2", "--max_steps", "2", "--disable_tqdm", "true", "--measure_rows", "16")
+    options = ("--rows", "12", "--num_generations", "4", "--generation_batch_size", "12", "--use_cpu", "true")
+    few = (*options, "--train", "--rounds", "2", "--max_steps", "1", "--disable_tqdm", "true", "--measure_rows", "4")
     report = run("best_of_n", tmp_path, monkeypatch, *few)
     assert report["gold_reward"]["before"] > 0
     curve = json.loads((tmp_path / "round_1" / "report.json").read_text())

@@ -13,7 +13,6 @@ SLOW = pytest.mark.slow
     ("engine", "modes", "slow"),
     [
         ("MULTI_CPU", ("full", "lora", "grpo", "resume"), False),
-        pytest.param("ZERO2", ("grpo",), False, marks=needs_deepspeed),
         pytest.param("ZERO3", ("full", "lora"), False, marks=needs_deepspeed),
         pytest.param("MULTI_CPU", ALL, True, marks=SLOW),
         pytest.param("FSDP", ALL, True, marks=SLOW),
