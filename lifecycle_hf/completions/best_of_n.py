@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +39,8 @@ def expected_best(scores: torch.Tensor, values: torch.Tensor | None = None) -> t
     Reference: https://arxiv.org/abs/2112.09332, Appendix I (WebGPT).
     """
     size = scores.shape[1]
-    order = (
-        scores.double().flip(1).argsort(dim=1, stable=True)
-    )  # flipped, so that of equal scores the first comes last
-    ranked = (scores if values is None else values).double().flip(1).gather(1, order)
+    lowest_first = scores.double().flip(1).argsort(dim=1, stable=True)  # the first of equal scores counts as higher
+    ranked = (scores if values is None else values).double().flip(1).gather(1, lowest_first)
     weights = [[math.comb(i, n - 1) / math.comb(size, n) for n in range(1, size + 1)] for i in range(size)]
     return ranked @ torch.tensor(weights, dtype=torch.float64)
 
@@ -60,7 +59,8 @@ class BestOfN:
 
     Attributes:
         rows: one dict for each prompt, in the order of the dataset: "index", "prompt", "completions" (N texts),
-            "ended" (whether each has its stop token), "scores" ({name: N scores}) and "total" (N, Σ weights × scores).
+            "ended" (whether each has its stop token), "scores" ({name: N scores}), "total" (N, Σ weights × scores),
+            "start" and "of" (first row and size of its batch).
         weights: weight of each score; one of weight 0 is held out: measured, and not chosen by.
     """
 
@@ -144,18 +144,18 @@ def best_of_n(
     check_settings(folder / SETTINGS.format(rank=rank), settings | {"model": model.config._name_or_path})
     path = folder / SAMPLES.format(rank=rank)
     found = read_samples(path)
-    done = {row["index"] for row in found}
     options = {"max_new_tokens": max_completion_length, "temperature": temperature, "stop_token_ids": stops}
     options |= {"pad_token_id": tokenizer.pad_token_id or 0, "num_generations": n}
     starts = range(rank * batch_size, len(rows), batch_size * world_size)
     with tqdm(total=sum(min(batch_size, len(rows) - s) for s in starts), desc="Best of N", unit="prompt") as bar:
         bar.update(len(found))
         for start in starts:
-            if start not in done:
+            if start not in {row["start"] for row in found}:
                 part = rows.select(range(start, min(start + batch_size, len(rows))))
                 ids = generate(model, list(part["prompt_ids"]), **options, generator_seed=seed * 1_000_003 + start)
                 made = scored_rows(part, ids, n, tokenizer, scorer, weights, stops)
-                found += append_samples(path, [{"index": start + i} | row for i, row in enumerate(made)])
+                parts = [{"index": start + i, "start": start, "of": len(made)} | row for i, row in enumerate(made)]
+                found += append_samples(path, parts)
                 bar.update(len(made))
     return BestOfN(found, weights)
 
@@ -208,13 +208,17 @@ def append_samples(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """Return the rows of a file of JSON lines, [] if there is none; a last line that was cut off is taken out."""
+    """Return the rows of a file of JSON lines, [] if there is none; a last batch that was cut off is taken out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    lines = [f"{line}\n" for line in text.split("\n")[:-1]]  # not splitlines: JSON may hold Unicode line separators
+    rows = [json.loads(line) for line in lines]
+    sizes = Counter(row["start"] for row in rows)
+    whole = [i for i, row in enumerate(rows) if sizes[row["start"]] == row["of"]]
+    kept = "".join(lines[i] for i in whole)
+    if kept != text:
         part = path.with_name(f"{path.name}.part")
-        part.write_text(whole, encoding="utf-8")
+        part.write_text(kept, encoding="utf-8")
         part.replace(path)
-    return [json.loads(line) for line in whole.split("\n") if line]
+    return [rows[i] for i in whole]

@@ -73,8 +73,9 @@ def test_a_killed_run_goes_on_and_gives_the_same(tiny_llama, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tiny_llama, tmp_path / "cut", dies)
     path = tmp_path / "cut" / "samples_0.jsonl"
+    second = json.dumps(whole.rows[2] | {"completions": ["of the killed call"] * 3})
     with path.open("a") as file:
-        file.write('{"index": 2, "prom')  # as a kill within a write leaves it
+        file.write(f'{second}\n{{"index": 3, "prom')  # as a kill within a write of two rows leaves it
     resumed = run(tiny_llama, tmp_path / "cut", dies)
     assert resumed.rows == whole.rows and calls == [6, 6, 6, 3]
 

@@ -77,6 +77,12 @@ class SPINConfig(OnlineDPOConfig):
 
     fewest = 1
 
+    refused = OnlineDPOConfig.refused | dict.fromkeys(
+        ("reward_weights", "reward_timeout", "reward_retries", "missing_eos_penalty"),
+        "has no effect, since SPIN has no rewards: leave it out.",
+    )
+    refused |= {"chat_template_kwargs": "has no effect in SPIN: give it as a column of the data, and leave it out."}
+
     num_generations: int = option(1, "Completions of each prompt, each of which makes a pair with the target.")
     rounds: int = option(3, OnlineDPOConfig.__dataclass_fields__["rounds"].metadata["help"])
     sample_from: str = option(
@@ -161,6 +167,13 @@ class OnlineDPOTrainer(PreferenceTrainer):
         if (reward_funcs is None) == (judge is None) and self.ranks:
             raise ValueError("Give either reward_funcs or a judge: they rank the completions of a prompt.")
         super().__init__(model, ref_model, args, **kwargs)
+        if not self.needs_reference and (args.rounds > 1 or args.sample_from == "reference"):
+            raise ValueError(
+                f"rounds={args.rounds} and sample_from={args.sample_from!r} need a reference, and this objective has "
+                "none: leave both out, or take one that has."
+            )
+        if judge is not None and args.reward_weights is not None:
+            raise ValueError(f"reward_weights={args.reward_weights} has no effect with a judge: leave it out.")
         check_room(self.model, args)
         if args.rounds > 1 and is_sharded(self.model):
             raise ValueError(f"rounds={args.rounds} moves the reference, which ZeRO-3 has sharded: use ZeRO-2 or DDP.")

@@ -1,5 +1,7 @@
 """Online DPO and SPIN: pairs of the present policy, ties, rounds, resumed runs."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -189,3 +191,18 @@ def test_an_evaluation_samples_and_leaves_the_run_alone(tiny_llama, tmp_path):
 def test_options_that_can_not_be(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         OnlineDPOConfig(str(tmp_path), **options)
+
+
+def test_an_objective_without_reference_has_no_rounds_and_spin_no_rewards(tiny_llama, tmp_path):
+    for options in ({"rounds": 2}, {"sample_from": "reference"}):
+        with pytest.raises(ValueError, match="need a reference, and this objective has none"):
+            online(tiny_llama, tmp_path, trainer_options={"objective": "orpo"}, **options)
+    run = online(tiny_llama, tmp_path, trainer_options={"objective": "orpo"})
+    run.train()
+    assert all(map(math.isfinite, logged(run, "loss"))) and run.model.reference is None
+    for name, value in {"missing_eos_penalty": 1.0, "reward_weights": [1.0], "chat_template_kwargs": {"a": 1}}.items():
+        with pytest.raises(ValueError, match=f"{name}=.* has no effect"):
+            SPINConfig(str(tmp_path), **{name: value})
+    judge = {"judge": lambda prompts, pairs: [0.5] * len(pairs)}
+    with pytest.raises(ValueError, match="reward_weights=.1.0. has no effect with a judge"):
+        online(tiny_llama, tmp_path, None, judge, reward_weights=[1.0])
