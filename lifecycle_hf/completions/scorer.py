@@ -30,7 +30,7 @@ class RewardScorer:
         sources: the reward functions.
         run: function from the name of a reward model and a batch to its scores [B].
         device: device of the batches.
-        kept: where the scores that are known stay if a reward function raises.
+        kept: where the scores that are known stay if a reward function raises; None to keep none.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RewardScorer:
         sources: list[RewardSource],
         run: Callable[[str, Completions], torch.Tensor],
         device: torch.device,
-        kept: KeptScores,
+        kept: KeptScores | None,
     ):
         self.sources, self.run, self.device, self.kept = sources, run, device, kept
 
@@ -51,7 +51,7 @@ class RewardScorer:
         Raises:
             ValueError: a reward function raises, or a score is not finite; the scores that are known are in a file.
         """
-        known, raw = self.kept.read(samples), {}
+        known, raw = {} if self.kept is None else self.kept.read(samples), {}
         waiting = [s for s in self.sources if s.function is not None and s.function.is_async and s.name not in known]
         together = score_together([source.function for source in waiting], samples) if waiting else []
         done = known | dict(zip((source.name for source in waiting), together, strict=True))
@@ -59,6 +59,8 @@ class RewardScorer:
             try:
                 raw[source.name] = self._scores_of(source, samples, batch_size, done.get(source.name))
             except ValueError as error:
+                if self.kept is None:
+                    raise
                 finished = {
                     s.name: done[s.name] for s in self.sources if not isinstance(done.get(s.name, error), Exception)
                 }
@@ -125,7 +127,7 @@ def reward_scorer(
     reward_funcs,
     reward_weights: Sequence[float] | None,
     device: torch.device,
-    kept: KeptScores,
+    kept: KeptScores | None = None,
     *,
     timeout: float | None = None,
     retries: int = 0,

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lifecycle_hf.completions.rewards import CallableReward, Samples, find_reward
+from lifecycle_hf.completions.rewards import Samples, find_reward
 from lifecycle_hf.completions.sampling import generate, stop_token_ids
-from lifecycle_hf.data.collators import pad_sequences
+from lifecycle_hf.completions.scorer import RewardScorer, reward_scorer
 from lifecycle_hf.data.loading import first_rows, load_test
 from lifecycle_hf.data.schemas import to_prompts
 from lifecycle_hf.data.tokenize import encode_prompt
@@ -28,7 +28,7 @@ from lifecycle_hf.evaluation.metrics import exact_match, kl_to_reference, multip
 from lifecycle_hf.evaluation.pareto import hypervolume, pareto_front
 from lifecycle_hf.evaluation.pictures import plot_pareto, plot_reliability
 from lifecycle_hf.evaluation.report import TaxReport, write_report
-from lifecycle_hf.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
 
 NUMBER = r"(?<!\d)-?\d+(?:\.\d+)?"
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -214,15 +214,11 @@ class Evaluation:
         return to_prompts(first_rows(load_test(self.prompts, "ppo"), self.rows), "prompts")
 
     @cached_property
-    def _rewards(self) -> dict:
-        """{name: Samples -> scores} of the alignment metrics that are rewards."""
-        found = {}
-        for spec in self.alignment:
-            if spec not in ("diversity", "drift"):
-                reward = find_reward(spec)
-                scores = CallableReward(reward) if callable(reward) else _model_reward(reward, self.batch_size)
-                found[self._titles[spec]] = scores
-        return found
+    def _rewards(self) -> tuple[list[str], RewardScorer | None]:
+        """The titles of the alignment metrics that are rewards, and what scores samples by all of them."""
+        specs = [spec for spec in self.alignment if spec not in ("diversity", "drift")]
+        scorer = reward_scorer([find_reward(spec) for spec in specs], None, _device())[0] if specs else None
+        return [self._titles[spec] for spec in specs], scorer
 
     def _alignment(self, result, model, tokenizer, reference):
         data, size = self._data, {"batch_size": self.batch_size}
@@ -230,8 +226,10 @@ class Evaluation:
         texts, completions = self._sample(model, tokenizer, ids, self.temperature)
         columns = {name: list(data[name]) for name in data.column_names if name != "prompt"}
         samples = Samples(list(data["prompt"]), texts, columns)
-        for name, score in self._rewards.items():
-            result.add(name, Measurement(score(samples)), True, "alignment")
+        names, scorer = self._rewards
+        scores = scorer(samples, self.batch_size) if scorer else {}
+        for name, values in zip(names, scores.values(), strict=True):
+            result.add(name, Measurement(values.tolist()), True, "alignment")
         if "diversity" in self.alignment:
             result.add("token entropy (nats)", token_entropy(model, ids, completions, **size), True, None)
             for n in (1, 2):
@@ -244,21 +242,6 @@ class Evaluation:
 
 def _device() -> torch.device | str:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-
-
-def _model_reward(name: str, batch_size: int):
-    reward = load_reward_model(name).to(_device())
-
-    @torch.no_grad()
-    def score(samples: Samples) -> list[float]:
-        rows, scores = samples.encode(reward.tokenizer), []
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            lengths = torch.tensor([len(row) for row in batch])
-            scores += reward.score(pad_sequences(batch, 0).to(reward.device), lengths).tolist()
-        return scores
-
-    return score
 
 
 def measure_tax(
