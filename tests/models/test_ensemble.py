@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from reward_setting import save_reward_adapter
 from transformers import LlamaForSequenceClassification
 
 from lifecycle_hf import RewardEnsemble, load_reward_model
 from lifecycle_hf.models.ensemble import reduce_scores
 from lifecycle_hf.models.heads import RewardModel
-from lifecycle_hf.models.loading import save_adapter_notes
 
 close = torch.testing.assert_close
 ROWS = [[7, 8, 9, 10], [11, 12], [13, 14, 15], [16, 17, 18, 19, 20], [21]]
@@ -72,13 +71,7 @@ def adapters(tiny_llama, tmp_path):
     make_model().save_pretrained(base), tokenizer.save_pretrained(base)
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
-        classifier = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
-        config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
-        model = get_peft_model(classifier, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(path), tokenizer.save_pretrained(path), save_adapter_notes(model, path)
+        save_reward_adapter(base, path, tokenizer)
     return [str(path) for path in paths]
 
 

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from ppo_setting import count_e, logged, trainer
-from transformers import BitsAndBytesConfig, LlamaForSequenceClassification
+from reward_setting import save_reward_adapter
+from transformers import BitsAndBytesConfig
 
 from lifecycle_hf.completions.scoring import Completions
 from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
@@ -145,16 +146,7 @@ def reward_adapter(tiny_llama, tmp_path):
     make_model, tokenizer = tiny_llama
     base, path = tmp_path / "base", tmp_path / "reward"
     make_model().save_pretrained(base), tokenizer.save_pretrained(base)
-    classifier = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
-    classifier.config.reward_center = 0.5
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
-    peft = get_peft_model(classifier, config)
-    for parameter in peft.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    from lifecycle_hf.models.loading import save_adapter_notes
-
-    peft.save_pretrained(path), tokenizer.save_pretrained(path), save_adapter_notes(peft, path)
+    save_reward_adapter(base, path, tokenizer, center=0.5)
     return base, path
 
 
