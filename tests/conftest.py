@@ -72,7 +72,7 @@ def quick_stages(shared_folder, monkeypatch):
     from lifecycle_hf.toyworld import stages
 
     def few_steps(stage, folder):
-        recipe, steps = REPOSITORY / "recipes" / f"{stage}.py", {"sft": "60", "reward": "20"}[stage]
+        recipe, steps = REPOSITORY / "recipes" / f"{stage}.py", {"sft": "60", "reward": "8"}[stage]
         options = ("--output_dir", str(folder), "--use_cpu", "true", "--eval_on_start", "false", "--max_steps", steps)
         monkeypatch.setattr(sys, "argv", [str(recipe), *options])
         runpy.run_path(str(recipe), run_name="__main__")
