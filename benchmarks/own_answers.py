@@ -172,9 +172,7 @@ def ensemble(args, folder: Path) -> None:
     config = {"config": str(ROOT / "recipes" / "configs" / "ppo_toyworld_overoptimized.yaml"), "measure_updates": 3}
     steps = {"max_steps": PAIRS_SEEN // 32, "measure_rows": 8}
     members = {
-        s: [
-            Run("reward", steps | {"seed": 100 * s + k}, folder / "members" / f"seed_{s}_{k}") for k in range(MEMBERS)
-        ]
+        s: [Run("reward", steps | {"seed": 100 * s + k}, folder / "members" / f"seed_{s}_{k}") for k in range(MEMBERS)]
         for s in args.seeds
     }
     with get_context("spawn").Pool(args.workers) as pool:
@@ -222,7 +220,9 @@ def best_of(args, folder: Path) -> None:
         return made.curves()["gold_reward"]
 
     estimated = sample(8, 10, 1024)
-    print("\n| n | estimated from N = 8, 1,024 prompts | measured, 1,024 other prompts, n samples of each | difference |")
+    print(
+        "\n| n | estimated from N = 8, 1,024 prompts | measured, 1,024 other prompts, n samples of each | difference |"
+    )
     print("|---:|---:|---:|---:|")
     for n in (1, 2, 4, 8):
         curves = estimated[:, n - 1], sample(n, 10 + n, 1024)[:, n - 1]
@@ -240,7 +240,9 @@ def spin(args, folder: Path) -> None:
     print("\n| | SFT model | after SPIN |\n|---|---:|---:|")
     labels = ("log-prob of the target", "log-prob of an own sample", "target − own sample (nats)")
     for i, label in enumerate(labels):
-        print(f"| {label} | {interval([c['before'][i] for c in columns])} | {interval([c['after'][i] for c in columns])} |")
+        print(
+            f"| {label} | {interval([c['before'][i] for c in columns])} | {interval([c['after'][i] for c in columns])} |"
+        )
     gain = [c["after"][2] - c["before"][2] for c in columns]
     print(f"| rise of target − own sample | | {interval(gain)} |")
 

@@ -33,6 +33,9 @@ class BestOfNArguments(RecipeArguments):
     max_prompt_length: int = field(default=512, metadata={"help": "Drop prompts with more tokens than this."})
     max_completion_length: int = field(default=256, metadata={"help": "Maximum number of tokens in a completion."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from the score of a completion without a stop token."}
+    )
     generation_batch_size: int = field(default=8, metadata={"help": "Prompts decoded together, each N times."})
     train: bool = field(default=False, metadata={"help": "Fine-tune on the winners: rejection sampling."})
     measure_rows: int = field(
@@ -72,7 +75,7 @@ def sample_best(script_args, model_args, model: str, rows: Dataset, folder: Path
         policy, load_tokenizer(model), rows, names, output_dir=folder, n=script_args.num_generations,
         reward_weights=script_args.reward_weights, max_prompt_length=script_args.max_prompt_length,
         max_completion_length=script_args.max_completion_length, temperature=script_args.temperature,
-        batch_size=script_args.generation_batch_size, seed=seed, rank=state.process_index,
+        missing_eos_penalty=script_args.missing_eos_penalty, batch_size=script_args.generation_batch_size, seed=seed, rank=state.process_index,
         world_size=state.num_processes,
     )  # fmt: skip
     state.wait_for_everyone()
@@ -115,7 +118,8 @@ def tune_on_winners(script_args, args, model_args, model: str, found: BestOfN, f
     if len(winners) < 2:
         raise ValueError(
             f"{len(winners)} of {len(found.rows)} winners end with a stop token, too few to train on: raise "
-            f"max_completion_length (now {script_args.max_completion_length}), or take more prompts."
+            f"max_completion_length (now {script_args.max_completion_length}) or missing_eos_penalty (now "
+            f"{script_args.missing_eos_penalty}), or take more prompts."
         )
     held_out = max(1, len(winners) // 20)
     args = replace(args, output_dir=str(folder))

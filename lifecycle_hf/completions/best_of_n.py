@@ -59,7 +59,8 @@ class BestOfN:
 
     Attributes:
         rows: one dict for each prompt, in the order of the dataset: "index", "prompt", "completions" (N texts),
-            "ended" (whether each has its stop token), "scores" ({name: N scores}), "total" (N, Σ weights × scores),
+            "ended" (whether each has its stop token), "scores" ({name: N scores}), "total" (N, Σ weights × scores,
+            less the penalty for a missing stop token),
             "start" and "of" (first row and size of its batch).
         weights: weight of each score; one of weight 0 is held out: measured, and not chosen by.
     """
@@ -110,6 +111,7 @@ def best_of_n(
     max_prompt_length: int | None = 512,
     max_completion_length: int = 256,
     temperature: float = 1.0,
+    missing_eos_penalty: float = 0.0,
     batch_size: int = 8,
     seed: int = 0,
     rank: int = 0,
@@ -125,6 +127,7 @@ def best_of_n(
         reward_funcs: one or a list of: a reward model, its name or path, or a callable, as in [`PPOTrainer`].
         output_dir: folder of the samples.
         reward_weights: weight of each reward function; 1 each by default. One of weight 0 is held out.
+        missing_eos_penalty: subtracted from the total of a completion without a stop token, so that one that ends wins.
         batch_size: prompts that are decoded together, each with its `n` completions.
         rank, world_size: this process and the number of processes, which share the prompts.
 
@@ -135,15 +138,13 @@ def best_of_n(
         raise ValueError(f"n={n}: at least one completion of each prompt is needed.")
     rows = tokenize_prompts(to_prompts(dataset, "dataset"), tokenizer, max_length=max_prompt_length, where="dataset")
     folder, device = Path(output_dir), next(model.parameters()).device
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = KeptScores(folder / f"_unscored_rank{rank}.jsonl")
-    scorer, weights = reward_scorer(reward_funcs, reward_weights, device, kept)
-    stops = stop_token_ids(model, tokenizer)
+    unscored, stops = KeptScores(folder / f"_unscored_rank{rank}.jsonl"), stop_token_ids(model, tokenizer)
+    scorer, weights = reward_scorer(reward_funcs, reward_weights, device, unscored)
     settings = {"n": n, "temperature": temperature, "max_completion_length": max_completion_length, "seed": seed}
     settings |= {"batch_size": batch_size, "world_size": world_size, "prompts": len(rows), "weights": weights}
-    check_settings(folder / SETTINGS.format(rank=rank), settings | {"model": model.config._name_or_path})
-    path = folder / SAMPLES.format(rank=rank)
-    found = read_samples(path)
+    settings |= {"model": model.config._name_or_path, "missing_eos_penalty": missing_eos_penalty}
+    check_settings(folder / SETTINGS.format(rank=rank), settings)
+    found = read_samples(path := folder / SAMPLES.format(rank=rank))
     options = {"max_new_tokens": max_completion_length, "temperature": temperature, "stop_token_ids": stops}
     options |= {"pad_token_id": tokenizer.pad_token_id or 0, "num_generations": n}
     starts = range(rank * batch_size, len(rows), batch_size * world_size)
@@ -153,20 +154,23 @@ def best_of_n(
             if start not in {row["start"] for row in found}:
                 part = rows.select(range(start, min(start + batch_size, len(rows))))
                 ids = generate(model, list(part["prompt_ids"]), **options, generator_seed=seed * 1_000_003 + start)
-                made = scored_rows(part, ids, n, tokenizer, scorer, weights, stops)
+                made = scored_rows(part, ids, n, tokenizer, scorer, weights, stops, missing_eos_penalty)
                 parts = [{"index": start + i, "start": start, "of": len(made)} | row for i, row in enumerate(made)]
                 found += append_samples(path, parts)
                 bar.update(len(made))
     return BestOfN(found, weights)
 
 
-def scored_rows(part: Dataset, ids, n: int, tokenizer, scorer: RewardScorer, weights, stops) -> list[dict]:
+def scored_rows(
+    part: Dataset, ids, n: int, tokenizer, scorer: RewardScorer, weights, stops, penalty: float = 0.0
+) -> list[dict]:
     """Return the rows of [`BestOfN`] for some prompts and their completions, `n` token lists in a row for each."""
     texts, each = tokenizer.batch_decode(ids, skip_special_tokens=True), [row for row in part for _ in range(n)]
     columns = {name: [row[name] for row in each] for name in part.column_names if name not in ("prompt", "prompt_ids")}
     scores = scorer(Samples([row["prompt"] for row in each], texts, columns), batch_size=n)
-    total = sum(weights[name] * values.double() for name, values in scores.items())
     ended = [row[-1] in stops for row in ids]
+    total = sum(weights[name] * values.double() for name, values in scores.items())
+    total = total - penalty * ~torch.tensor(ended)
     groups = [slice(i, i + n) for i in range(0, len(ids), n)]
     return [
         {
@@ -187,6 +191,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         ValueError: a setting differs; names it and both values.
     """
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings))
         return
     before = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """Best-of-N: the curve against all subsets, and samples that a killed run does not lose."""
 
 import json
+import sys
 from itertools import combinations
 
 import pytest
@@ -113,6 +114,20 @@ def test_a_held_out_score_is_not_chosen_by():
     close(curves["score"], torch.tensor([[1.5, 2.0]], dtype=torch.float64))
     close(curves["g"], torch.tensor([[4.0, 3.0]], dtype=torch.float64))
     assert len(found.winners()) == 0  # the best was cut off
+
+
+def test_a_completion_without_a_stop_token_pays_a_penalty(tiny_llama, monkeypatch, tmp_path):
+    stops = [i for i in range(0, 1000, 2)]  # half of the vocabulary ends a completion
+    monkeypatch.setattr(sys.modules[best_of_n.__module__], "stop_token_ids", lambda *_: stops)
+    options = {"max_completion_length": 1}
+    without = run(tiny_llama, tmp_path / "0", **options).rows
+    found = run(tiny_llama, tmp_path / "5", missing_eos_penalty=5.0, **options)
+    assert {ended for row in without for ended in row["ended"]} == {True, False}
+    for before, row in zip(without, found.rows, strict=True):
+        assert row["completions"] == before["completions"] and row["scores"] == before["scores"]
+        paid = [0.0 if ended else 5.0 for ended in row["ended"]]
+        assert row["total"] == [score - price for score, price in zip(before["total"], paid, strict=True)]
+    assert len(found.winners()) == sum(any(row["ended"]) for row in found.rows)  # no token has five e
 
 
 def test_a_reward_model_scores_as_it_does_alone(tiny_llama, tmp_path, reward_model):
