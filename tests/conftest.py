@@ -69,13 +69,19 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture
 def quick_stages(shared_folder, monkeypatch):
     """The toy world's SFT and reward model after a few steps: for tests in which any model will do."""
-    from lifecycle_hf.toyworld import stages
+    from lifecycle_hf.toyworld import data, stages
+
+    steps = {"sft": 60, "reward": 8}
 
     def few_steps(stage, folder):
-        recipe, steps = REPOSITORY / "recipes" / f"{stage}.py", {"sft": "60", "reward": "8"}[stage]
-        options = ("--output_dir", str(folder), "--use_cpu", "true", "--eval_on_start", "false", "--max_steps", steps)
-        monkeypatch.setattr(sys, "argv", [str(recipe), *options])
-        runpy.run_path(str(recipe), run_name="__main__")
+        recipe, (make, *_) = REPOSITORY / "recipes" / f"{stage}.py", data._STAGES[stage]
+        options = ("--output_dir", str(folder), "--use_cpu", "true", "--eval_on_start", "false", "--max_steps")
+        data.dataset.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(data._STAGES, stage, (make, 32 * steps[stage], 64))  # the rows that these steps see
+            patch.setattr(sys, "argv", [str(recipe), *options, str(steps[stage])])
+            runpy.run_path(str(recipe), run_name="__main__")
+        data.dataset.cache_clear()
 
     monkeypatch.setenv("LIFECYCLE_HF_CACHE", str(shared_folder / "quick_stages"))
     with monkeypatch.context() as patch:
