@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_server import StandIn
 from hub_standin import HubStandin
 from transformers import set_seed
 
@@ -131,6 +132,15 @@ def _train_tokenizer():
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture
+def stand_in():
+    """A chat server on the loopback whose answers a test sets (see tests/chat_server.py)."""
+    made = StandIn()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
 
 
 @pytest.fixture(scope="session")

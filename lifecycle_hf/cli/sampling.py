@@ -9,7 +9,8 @@ from trl import get_peft_config, get_quantization_config
 
 from lifecycle_hf.cli.arguments import RecipeArguments, load_splits, model_init_kwargs, resolve_model, resolve_reward
 from lifecycle_hf.cli.running import finish, monitor_tax
-from lifecycle_hf.completions.best_of_n import SAMPLES, BestOfN, best_of_n, kl_bound, read_samples
+from lifecycle_hf.completions.best_of_n import SAMPLES, BestOfN, best_of_n, kl_bound
+from lifecycle_hf.data.json_lines import read_samples
 from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
 from lifecycle_hf.evaluation.pictures import plot_overoptimization
 from lifecycle_hf.evaluation.report import write_report

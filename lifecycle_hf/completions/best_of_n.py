@@ -1,9 +1,6 @@
 """Best-of-N: sample several completions of each prompt, score all, keep the best; nothing that was sampled is lost."""
 
-import json
 import math
-import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lifecycle_hf.completions.rewards import KeptScores, Samples
 from lifecycle_hf.completions.sampling import generate, stop_token_ids
 from lifecycle_hf.completions.scorer import RewardScorer, reward_scorer
+from lifecycle_hf.data.json_lines import append_samples, check_settings, read_samples
 from lifecycle_hf.data.schemas import to_prompts
 from lifecycle_hf.data.tokenize import tokenize_prompts
 
@@ -182,48 +180,3 @@ def scored_rows(
         }
         for group in groups
     ]
-
-
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder, or compare them with those that it was made with.
-
-    Raises:
-        ValueError: a setting differs; names it and both values.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings))
-        return
-    before = json.loads(path.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{path.parent} holds samples made with {name}={before.get(name)!r}, and this run has {value!r}: give "
-                "the same, another output_dir, or delete that folder."
-            )
-
-
-def append_samples(path: Path, rows: list[dict]) -> list[dict]:
-    """Append rows to a file of JSON lines, whole and on the disk, and return them."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-    return rows
-
-
-def read_samples(path: Path) -> list[dict]:
-    """Return the rows of a file of JSON lines, [] if there is none; a last batch that was cut off is taken out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    lines = [f"{line}\n" for line in text.split("\n")[:-1]]  # not splitlines: JSON may hold Unicode line separators
-    rows = [json.loads(line) for line in lines]
-    sizes = Counter(row["start"] for row in rows)
-    whole = [i for i, row in enumerate(rows) if sizes[row["start"]] == row["of"]]
-    kept = "".join(lines[i] for i in whole)
-    if kept != text:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(kept, encoding="utf-8")
-        part.replace(path)
-    return [rows[i] for i in whole]

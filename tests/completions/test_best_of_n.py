@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 
 from lifecycle_hf.completions import Samples, best_of_n, expected_best, kl_bound
-from lifecycle_hf.completions.best_of_n import BestOfN, read_samples
+from lifecycle_hf.completions.best_of_n import BestOfN
+from lifecycle_hf.data.json_lines import read_samples
 
 close = torch.testing.assert_close
 TEXTS = ["Tell me", "The capital", "Please", "Two and", "hello"]

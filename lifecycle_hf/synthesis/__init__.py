@@ -1,0 +1,5 @@
+"""Data that a model writes: one interface of writers, and methods that ask them."""
+
+from lifecycle_hf.synthesis.writers import Cut, LocalWriter, Recorded, ServerWriter, Writer
+
+__all__ = ["Cut", "LocalWriter", "Recorded", "ServerWriter", "Writer"]
