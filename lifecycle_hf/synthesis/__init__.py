@@ -1,5 +1,16 @@
 """Data that a model writes: one interface of writers, and methods that ask them."""
 
+from lifecycle_hf.synthesis.constitution import Principle, label, load_constitution, revise
 from lifecycle_hf.synthesis.writers import Cut, LocalWriter, Recorded, ServerWriter, Writer
 
-__all__ = ["Cut", "LocalWriter", "Recorded", "ServerWriter", "Writer"]
+__all__ = [
+    "Cut",
+    "LocalWriter",
+    "Recorded",
+    "Principle",
+    "ServerWriter",
+    "Writer",
+    "label",
+    "load_constitution",
+    "revise",
+]
