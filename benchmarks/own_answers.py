@@ -17,7 +17,6 @@ import argparse
 import ast
 import json
 import os
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,6 +46,7 @@ def prompts(start: int = 0, rows: int = ROWS):
     import random
 
     from datasets import Dataset
+
     from lifecycle_hf.toyworld.data import draw_request
 
     rng = random.Random(f"own answers {start}")
@@ -240,9 +240,8 @@ def spin(args, folder: Path) -> None:
     print("\n| | SFT model | after SPIN |\n|---|---:|---:|")
     labels = ("log-prob of the target", "log-prob of an own sample", "target − own sample (nats)")
     for i, label in enumerate(labels):
-        print(
-            f"| {label} | {interval([c['before'][i] for c in columns])} | {interval([c['after'][i] for c in columns])} |"
-        )
+        before, after = (interval([c[when][i] for c in columns]) for when in ("before", "after"))
+        print(f"| {label} | {before} | {after} |")
     gain = [c["after"][2] - c["before"][2] for c in columns]
     print(f"| rise of target − own sample | | {interval(gain)} |")
 

@@ -13,6 +13,7 @@ from lifecycle_hf.cli.arguments import (
     resolve_reward,
     trainer_inputs,
 )
+from lifecycle_hf.cli.constituting import ConstitutionArguments, constitute
 from lifecycle_hf.cli.parsing import parse
 from lifecycle_hf.cli.running import (
     finish,

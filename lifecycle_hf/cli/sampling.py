@@ -76,8 +76,8 @@ def sample_best(script_args, model_args, model: str, rows: Dataset, folder: Path
         policy, load_tokenizer(model), rows, names, output_dir=folder, n=script_args.num_generations,
         reward_weights=script_args.reward_weights, max_prompt_length=script_args.max_prompt_length,
         max_completion_length=script_args.max_completion_length, temperature=script_args.temperature,
-        missing_eos_penalty=script_args.missing_eos_penalty, batch_size=script_args.generation_batch_size, seed=seed, rank=state.process_index,
-        world_size=state.num_processes,
+        missing_eos_penalty=script_args.missing_eos_penalty, batch_size=script_args.generation_batch_size, seed=seed,
+        rank=state.process_index, world_size=state.num_processes,
     )  # fmt: skip
     state.wait_for_everyone()
     files = [folder / SAMPLES.format(rank=rank) for rank in range(state.num_processes)]

@@ -125,7 +125,7 @@ def best_of_n(
         reward_funcs: one or a list of: a reward model, its name or path, or a callable, as in [`PPOTrainer`].
         output_dir: folder of the samples.
         reward_weights: weight of each reward function; 1 each by default. One of weight 0 is held out.
-        missing_eos_penalty: subtracted from the total of a completion without a stop token, so that one that ends wins.
+        missing_eos_penalty: subtracted from the total of a completion without a stop token, so that ended ones win.
         batch_size: prompts that are decoded together, each with its `n` completions.
         rank, world_size: this process and the number of processes, which share the prompts.
 

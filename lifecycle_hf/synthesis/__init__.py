@@ -6,8 +6,8 @@ from lifecycle_hf.synthesis.writers import Cut, LocalWriter, Recorded, ServerWri
 __all__ = [
     "Cut",
     "LocalWriter",
-    "Recorded",
     "Principle",
+    "Recorded",
     "ServerWriter",
     "Writer",
     "label",

@@ -97,7 +97,7 @@ def revise(
 
     The principle of each round is drawn by (seed, prompt), each once before any comes again. A prompt with an empty
     answer, critique or revision is dropped and counted, and so is one whose revision was cut off. All texts are kept
-    in `output_dir/written.jsonl` as they come, so a run that was killed goes on; `revised.jsonl` is written at the end.
+    in `output_dir/written.jsonl` as they come, so a run that was killed goes on; `revised.jsonl` comes at the end.
 
     Args:
         writer: the model that answers, criticises and revises.
@@ -142,8 +142,8 @@ def label(
     """Label pairs of answers as preference data, by a judge that is asked by a principle drawn for each pair.
 
     A judge that is asked for letters is asked in both orders, and its probabilities are averaged
-    ([`BothOrders`][lifecycle_hf.completions.judges.BothOrders]). Two equal answers and a probability of exactly 1/2 make
-    no pair and are counted. Labels are kept in `output_dir/labelled.jsonl` as they come.
+    ([`BothOrders`][lifecycle_hf.completions.judges.BothOrders]). Two equal answers and a probability of exactly 1/2
+    make no pair and are counted. Labels are kept in `output_dir/labelled.jsonl` as they come.
 
     Args:
         dataset: prompts, chat or plain.
@@ -208,7 +208,7 @@ def _answer_of(prompt: Prompt, text: str):
 
 
 def _asked(row: dict[str, Any], kind: str, number: int) -> list[dict]:
-    """Return the chat that asks for the first answer, the critique of the answer `number`, or its revision after it."""
+    """Return the chat that asks for the first answer, for the critique of the answer `number`, or for its revision."""
     prompt = row["prompt"]
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if kind == "answer":

@@ -1,4 +1,4 @@
-"""What criticises, revises and judges answers in the toy world, where the truth is known: for the recipes' defaults."""
+"""What criticises, revises and judges answers in the toy world, whose truth is known: for the recipes' defaults."""
 
 import hashlib
 import random
@@ -18,8 +18,8 @@ FAULTS = {
 class ToyCritic:
     """Write answers by a model, and critiques and revisions by rule: a stand-in for a large model.
 
-    A critique finds the fault that its principle ("harmless", "helpful" or "polite") asks about, and the revision mends
-    it, in a share of 1 − `error_rate` of the answers; in the others it says that there is nothing to criticise.
+    A critique finds the fault that its principle ("harmless", "helpful" or "polite") asks about, and the revision
+    mends it, in a share of 1 − `error_rate` of the answers; in the others there is nothing to criticise.
 
     Args:
         answer: the writer of the first answers.
@@ -61,8 +61,8 @@ def fault(name: str, request, text: str) -> bool:
 def judge_with_errors(error_rate: float = 0.2):
     """Return a judge of pairs that prefers the answer of higher gold reward, but errs in a share of the pairs.
 
-    Whether it errs depends on the prompt and the two answers only, and not on their order. Answers of equal gold reward
-    get 1/2.
+    Whether it errs depends on the prompt and the two answers only, and not on their order. Answers of equal gold
+    reward get 1/2.
     """
 
     def judge_pairs(prompts: Sequence, pairs: Sequence[tuple[str, str]]) -> list[float]:

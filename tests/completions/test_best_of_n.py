@@ -118,7 +118,7 @@ def test_a_held_out_score_is_not_chosen_by():
 
 
 def test_a_completion_without_a_stop_token_pays_a_penalty(tiny_llama, monkeypatch, tmp_path):
-    stops = [i for i in range(0, 1000, 2)]  # half of the vocabulary ends a completion
+    stops = list(range(0, 1000, 2))  # half of the vocabulary ends a completion
     monkeypatch.setattr(sys.modules[best_of_n.__module__], "stop_token_ids", lambda *_: stops)
     options = {"max_completion_length": 1}
     without = run(tiny_llama, tmp_path / "0", **options).rows
