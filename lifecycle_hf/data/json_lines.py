@@ -14,9 +14,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         ValueError: a setting differs; names it and both values.
     """
     if not path.exists():
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(settings))
-        part.replace(path)
+        write_whole(path, json.dumps(settings).encode())
         return
     before = json.loads(path.read_text())
     for name, value in settings.items():
@@ -50,7 +48,17 @@ def read_samples(path: Path) -> list[dict]:
     whole = [i for i, row in enumerate(rows) if "of" not in row or sizes[row["start"]] == row["of"]]
     kept = b"".join(lines[i] for i in whole)
     if kept != found:
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(kept)
-        part.replace(path)
+        write_whole(path, kept)
     return [rows[i] for i in whole]
+
+
+def write_samples(path: Path, rows: list[dict]) -> None:
+    """Write rows as a file of JSON lines, which is there whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all when the process is killed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)

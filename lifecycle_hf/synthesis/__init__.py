@@ -1,5 +1,16 @@
 """Data that a model writes: one interface of writers, and methods that ask them."""
 
+from lifecycle_hf.synthesis.evol_instruct import OPERATORS, evol_instruct
+from lifecycle_hf.synthesis.self_instruct import self_instruct
 from lifecycle_hf.synthesis.writers import Cut, LocalWriter, Recorded, ServerWriter, Writer
 
-__all__ = ["Cut", "LocalWriter", "Recorded", "ServerWriter", "Writer"]
+__all__ = [
+    "OPERATORS",
+    "Cut",
+    "LocalWriter",
+    "Recorded",
+    "ServerWriter",
+    "Writer",
+    "evol_instruct",
+    "self_instruct",
+]
