@@ -55,7 +55,7 @@ def accuracy(folder: Path):
 def main(args):
     from datasets import Dataset
 
-    from lifecycle_hf.data.json_lines import write_rows
+    from lifecycle_hf.data.json_lines import write_samples
     from lifecycle_hf.evaluation.bootstrap import bootstrap_interval
     from lifecycle_hf.synthesis import label, load_constitution
     from lifecycle_hf.toyworld.critic import judge_with_errors
@@ -70,7 +70,7 @@ def main(args):
             rows, _ = label(
                 judge_with_errors(rate), asked, pairs, load_constitution(), output_dir=folder.parent, seed=0
             )
-            write_rows(folder.parent / "preferences.jsonl", rows.to_list())
+            write_samples(folder.parent / "preferences.jsonl", rows.to_list())
             run = Run("reward", {"dataset_name": str(folder.parent / "preferences.jsonl"), "seed": seed}, folder)
             if not complete(run, "model.safetensors"):
                 train(run)

@@ -12,7 +12,7 @@ from lifecycle_hf import toyworld
 from lifecycle_hf.cli.arguments import resolve_model
 from lifecycle_hf.completions.judges import LanguageModelJudge, ServerJudge
 from lifecycle_hf.completions.server import ChatServer
-from lifecycle_hf.data.json_lines import write_rows
+from lifecycle_hf.data.json_lines import write_samples
 from lifecycle_hf.data.loading import load_splits
 from lifecycle_hf.data.schemas import to_prompts
 from lifecycle_hf.evaluation.report import write_report
@@ -82,7 +82,7 @@ def constitute(args: ConstitutionArguments) -> None:
     found = revise(
         writer, prompts.select(range(size)), principles, output_dir=folder, rounds=args.rounds, seed=args.seed, **given
     )
-    write_rows(folder / "sft.jsonl", found.sft_rows().to_list())
+    write_samples(folder / "sft.jsonl", found.sft_rows().to_list())
     report = {"prompts": size, "revised": len(found.rows), "dropped": dict(found.dropped)}
     report["changed"] = sum(row["answers"][0] != row["answers"][-1] for row in found.rows)
     if stages:
@@ -91,7 +91,7 @@ def constitute(args: ConstitutionArguments) -> None:
     rows = prompts.select(range(size, 2 * size))
     pairs = sample_pairs(LocalWriter(model, batch_size=args.batch_size), rows, folder, args.seed, given)
     preferences, dropped = label(judge, rows, pairs, principles, output_dir=folder, seed=args.seed)
-    write_rows(folder / "preferences.jsonl", preferences.to_list())
+    write_samples(folder / "preferences.jsonl", preferences.to_list())
     report |= {"pairs": len(pairs), "labelled": len(preferences), "no_pair": dict(dropped)}
     write_report(report, folder)
     print_report(report, found, folder)

@@ -53,13 +53,13 @@ def read_samples(path: Path) -> list[dict]:
     return [rows[i] for i in whole]
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write a file of JSON lines as a whole."""
+def write_samples(path: Path, rows: list[dict]) -> None:
+    """Write rows as a file of JSON lines, which is there whole or not at all."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, and never a part."""
+    """Write a file that is there whole or not at all when the process is killed."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     part.replace(path)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from lifecycle_hf.completions.judges import BothOrders, Judge, Prompt, judged
-from lifecycle_hf.data.json_lines import append_samples, check_settings, read_samples, write_rows
+from lifecycle_hf.data.json_lines import append_samples, check_settings, read_samples, write_samples
 from lifecycle_hf.data.schemas import to_prompts
 from lifecycle_hf.synthesis.writers import Cut, Recorded, Writer
 
@@ -131,7 +131,7 @@ def revise(
     for row in rows:
         names = [principle.name for principle in row.pop("drawn")]
         found.rows.append(row | {"principles": names})
-    write_rows(Path(output_dir) / "revised.jsonl", found.rows)
+    write_samples(Path(output_dir) / "revised.jsonl", found.rows)
     return found
 
 

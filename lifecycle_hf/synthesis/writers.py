@@ -17,8 +17,9 @@ from lifecycle_hf.completions.judges import as_text
 from lifecycle_hf.completions.sampling import generate, stop_token_ids
 from lifecycle_hf.completions.server import ChatServer
 from lifecycle_hf.data.chat import message_text
-from lifecycle_hf.data.json_lines import append_samples, read_samples
+from lifecycle_hf.data.json_lines import append_samples, read_samples, write_samples
 from lifecycle_hf.data.tokenize import encode_prompt
+from lifecycle_hf.evaluation.report import write_report
 from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
 
 Chat = list[dict]
@@ -131,17 +132,20 @@ class Recorded:
         writer: [`Writer`] or a function like one. Its `batch_size` chats are asked and kept together, with the seed of
             the call + the index of the first; all chats of a call, where it has none.
         path: the file.
-
-    Attributes:
-        tokens: tokens of the texts that were asked for, those of the file included.
     """
 
     def __init__(self, writer: Writer, path: str | Path):
         self.writer, self.path = writer, Path(path)
         self.name = getattr(writer, "name", None) or getattr(writer, "__name__", type(writer).__name__)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.tokens, self.bar = {"prompt": 0, "completion": 0}, tqdm(desc=f"Texts of {self.name}", unit=" texts")
+        self.bar = tqdm(desc=f"Texts of {self.name}", unit=" texts")
         self._known = {row["key"]: row for row in read_samples(self.path)}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of all texts in the file: {"prompt": n, "completion": n}."""
+        rows = self._known.values()
+        return {name: sum(row["tokens"][name] for row in rows) for name in ("prompt", "completion")}
 
     def __call__(self, chats, *, max_tokens, temperature, seed, stop=()):
         """Answer chats, see [`Writer`].
@@ -155,6 +159,13 @@ class Recorded:
             texts += self._part(chats[start : start + size], options | {"seed": seed + start})
         return texts
 
+    def finish(self, rows: list[dict], report: dict) -> dict:
+        """Write `generated.jsonl` and `report.json` beside the file, and return the report with the tokens."""
+        self.bar.close()
+        write_samples(self.path.with_name("generated.jsonl"), rows)
+        write_report(report | {"tokens": self.tokens}, self.path.parent)
+        return report | {"tokens": self.tokens}
+
     def _part(self, chats: list[Chat], options: dict) -> list[str]:
         key = hashlib.sha256(json.dumps([chats, options], sort_keys=True).encode()).hexdigest()
         if key not in self._known:
@@ -166,10 +177,9 @@ class Recorded:
             }  # no half letters
             row["cut"] = [i for i, text in enumerate(texts) if isinstance(text, Cut)]
             after = getattr(self.writer, "tokens", {})
-            row["tokens"] = {name: after.get(name, 0) - before.get(name, 0) for name in self.tokens}
+            row["tokens"] = {name: after.get(name, 0) - before.get(name, 0) for name in ("prompt", "completion")}
             self._known[key] = append_samples(self.path, [row])[0]
         row = self._known[key]
-        self.tokens = {name: count + row["tokens"][name] for name, count in self.tokens.items()}
         self.bar.update(len(chats))
         return [Cut(text) if i in row["cut"] else text for i, text in enumerate(row["texts"])]
 
