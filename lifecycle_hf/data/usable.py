@@ -27,8 +27,7 @@ def usable_rows(problems: Sequence[str], *, where: str, strict: bool) -> list[in
     bad = [index for index, problem in enumerate(problems) if problem]
     if not bad:
         return list(range(len(problems)))
-    listed, mends = tell(Counter(problems[index] for index in bad))
-    told = f"{where}: {len(bad)} of {len(problems)} rows can't be used ({listed}); the first is row {bad[0]}"
+    told, mends = tell_rows(Counter(problems[index] for index in bad), len(problems), bad[0], where)
     if strict:
         mend = "mend or remove these rows, raise the length, or turn it off."
         raise ValueError(f"{told}. strict_data is on: {mend}{mends}")
@@ -36,6 +35,12 @@ def usable_rows(problems: Sequence[str], *, where: str, strict: bool) -> list[in
         raise ValueError(f"{told}. No row is left: mend the data or raise the length.{mends}")
     warnings.warn(f"{told}. They are dropped.{mends}", UserWarning, stacklevel=3)
     return [index for index, problem in enumerate(problems) if not problem]
+
+
+def tell_rows(problems: Counter, rows: int, first: int, where: str) -> tuple[str, str]:
+    """Return how many of `rows` can't be used, why, and which is the first; and how to mend them."""
+    listed, mends = tell(problems)
+    return f"{where}: {problems.total()} of {rows} rows can't be used ({listed}); the first is row {first}", mends
 
 
 def tell(problems: Counter) -> tuple[str, str]:
