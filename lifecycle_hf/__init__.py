@@ -15,6 +15,7 @@ except PackageNotFoundError:  # a clone on the path that was never installed
     __version__ = "0.0.0"
 
 _HOMES = {
+    "data": "InstructionMixture InstructionTask",
     "evaluation.report": "TaxReport",
     "mitigation.projection": "OrthogonalProjection",
     "models.ensemble": "RewardEnsemble",

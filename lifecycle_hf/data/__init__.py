@@ -1,1 +1,13 @@
-"""Data: loading, schemas, tokenisation, packing, denoising and padding."""
+"""Data: loading, schemas, tokenisation, packing, denoising, padding, and mixtures of instruction tasks."""
+
+from importlib import import_module
+
+_HOME_OF = {"InstructionMixture": "mixing", "InstructionTask": "instruction_tasks", "Template": "templates"}
+"""Public names by the module that has them. They are imported when they are first asked for."""
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
