@@ -11,8 +11,14 @@ from lifecycle_hf.evaluation.checkpoints import Evaluation, measure_tax
 from lifecycle_hf.evaluation.diversity import distinct_n, self_bleu, token_entropy
 from lifecycle_hf.evaluation.metrics import exact_match, kl_to_reference, multiple_choice, perplexity
 from lifecycle_hf.evaluation.pareto import capability_at, hypervolume, pareto_front
-from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization, plot_pareto, plot_reliability
-from lifecycle_hf.evaluation.report import TaxReport
+from lifecycle_hf.evaluation.pictures import (
+    plot_history,
+    plot_mixture,
+    plot_overoptimization,
+    plot_pareto,
+    plot_reliability,
+)
+from lifecycle_hf.evaluation.report import TaxReport, mixture_table
 
 __all__ = [
     "Evaluation",
@@ -29,11 +35,13 @@ __all__ = [
     "jackknife",
     "kl_to_reference",
     "measure_tax",
+    "mixture_table",
     "multiple_choice",
     "negative_log_likelihood",
     "pareto_front",
     "perplexity",
     "plot_history",
+    "plot_mixture",
     "plot_overoptimization",
     "plot_pareto",
     "plot_reliability",

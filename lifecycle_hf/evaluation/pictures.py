@@ -1,4 +1,4 @@
-"""Pictures as PNG: a run's history, reliability diagrams, Pareto fronts, over-optimisation."""
+"""Pictures as PNG: a run's history, reliability diagrams, Pareto fronts, over-optimisation, mixtures of tasks."""
 
 import math
 from collections.abc import Sequence
@@ -182,3 +182,22 @@ def _place_labels(axes, points, labels):
         look = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 8}
         text = axes.annotate(labels[i], points[i], offset, textcoords="offset points", arrowprops=arrow, **look)
         text.set_in_layout(False)
+
+
+@style()
+def plot_mixture(rows: Sequence[dict], path: str | Path, title: str = "Mixture of tasks") -> None:
+    """Draw the rows of `InstructionMixture.report`: each task's shares of draws and of tokens, and its epochs."""
+    figure, places = new_figure(8.4, 1.4 + 0.24 * len(rows)), np.arange(len(rows))
+    shares, epochs = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    labels = {name: label for name, label in (("share", "draws"), ("token_share", "tokens")) if name in rows[0]}
+    height = 0.8 / len(labels)
+    for i, (colour, (name, label)) in enumerate(zip(COLOURS, labels.items())):
+        widths = [100 * row[name] for row in rows]
+        shares.barh(places - 0.4 + height * (i + 0.5), widths, height, color=colour, label=label)
+    epochs.barh(places, [row["epochs"] for row in rows], 0.8, color=COLOURS[2])
+    epochs.axvline(1, color=INK, linestyle="--", linewidth=1)
+    names = [name if len(name) <= 36 else f"{name[:35]}…" for name in (row["task"] for row in rows)]
+    shares.set(title=title, xlabel="share (%)", yticks=places, yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
+    epochs.set(xlabel="passes over the task in the run")
+    shares.legend()
+    figure.savefig(path)

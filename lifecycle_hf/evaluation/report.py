@@ -9,6 +9,7 @@ from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
 from lifecycle_hf.scaling.tables import markdown_table, terminal_table
 
 NO_DIFFERENCE = "not distinguishable from zero"
+_MIXTURE_FORMATS = {"share": ".1%", "chains": ".1%", "token_share": ".1%", "epochs": ".2f", "tokens": ".0f"}
 
 
 @dataclass
@@ -119,6 +120,22 @@ def _number(value, sign=""):
 
 def _finite(value):
     return value is not None and math.isfinite(value)
+
+
+def mixture_table(rows: list[dict], *, terminal: bool = False, **options) -> str:
+    """Return the table of `InstructionMixture.report` in Markdown, or drawn for a terminal.
+
+    Args:
+        options: of `terminal_table`.
+    """
+    headings = [name.replace("_", " ") for name in rows[0]]
+    cells = [
+        ["" if value is None else format(value, _MIXTURE_FORMATS.get(name, "")) for name, value in row.items()]
+        for row in rows
+    ]
+    return (
+        terminal_table(headings, cells, left=("family",), **options) if terminal else markdown_table(headings, cells)
+    )
 
 
 def write_report(report: dict, output_dir: str | Path) -> None:

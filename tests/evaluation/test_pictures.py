@@ -2,7 +2,13 @@ import struct
 
 import pytest
 
-from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization, plot_pareto, plot_reliability
+from lifecycle_hf.evaluation.pictures import (
+    plot_history,
+    plot_mixture,
+    plot_overoptimization,
+    plot_pareto,
+    plot_reliability,
+)
 
 
 def width_of(png):
@@ -68,3 +74,12 @@ def test_many_runs_are_numbered_beside_a_pareto_front(tmp_path, monkeypatch):
     key, *numbers = figures[0].axes[0].texts
     assert key.get_text().splitlines() == [f"{i}  run {i - 1}" for i in range(1, 10)]
     assert {text.get_text(): text.xy for text in numbers} == {str(i + 1): (i / 10, -i / 10) for i in range(9)}
+
+
+def test_mixture_has_a_line_for_each_task(tmp_path):
+    rows = [{"task": f"task {i} " * 8, "share": 0.1, "epochs": i} for i in range(10)]
+    plot_mixture(rows, tmp_path / "ten.png")
+    plot_mixture([row | {"token_share": 0.1} for row in rows * 2], tmp_path / "twenty.png")
+    ten, twenty = ((tmp_path / f"{name}.png").read_bytes() for name in ("ten", "twenty"))
+    heights = [struct.unpack(">I", png[20:24])[0] for png in (ten, twenty)]
+    assert heights == pytest.approx([150 * (1.4 + 2.4), 150 * (1.4 + 4.8)], abs=2)

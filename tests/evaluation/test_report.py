@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval, exp_ratio
-from lifecycle_hf.evaluation.report import NO_DIFFERENCE, TaxReport
+from lifecycle_hf.evaluation.report import NO_DIFFERENCE, TaxReport, mixture_table
 
 BEFORE = {"gold_reward": 0.4, "perplexity": 10.0, "kl": 0.0, "score": -1.0}
 AFTER = {"gold_reward": 0.7, "perplexity": 12.5, "kl": 3.0, "score": math.nan}
@@ -95,3 +95,30 @@ def test_an_interval_needs_items_on_both_sides():
     report = TaxReport({"a": one, "b": 1.0}, {"a": one, "b": Measurement([1.0, 2.0])}, {"a": True, "b": True})
     assert not any("interval" in row for row in report.rows())
     assert report.to_markdown().splitlines()[0] == "| metric | before | after | tax | tax / before |"
+
+
+def test_table_of_a_mixture():
+    row = {
+        "task": "sums",
+        "family": None,
+        "rows": 40,
+        "share": 0.125,
+        "chains": 0.0,
+        "epochs": 2.345,
+        "token_share": 1,
+    }
+    assert mixture_table([row]).splitlines() == [
+        "| task | family | rows | share | chains | epochs | token share |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| sums |  | 40 | 12.5% | 0.0% | 2.35 | 100.0% |",
+    ]
+    drawn = mixture_table([row, row | {"family": "maths"}], terminal=True, title="Tasks").splitlines()
+    assert drawn[0].strip() == "Tasks" and drawn[-1].split() == [
+        "sums",
+        "maths",
+        "40",
+        "12.5%",
+        "0.0%",
+        "2.35",
+        "100.0%",
+    ]
