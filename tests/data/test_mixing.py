@@ -104,9 +104,9 @@ def test_templates_are_drawn_evenly():
     four = InstructionTask(
         "a", [{"x": "1"}], templates=[{"prompt": f"{n} {{x}}", "completion": "{x}"} for n in range(4)]
     )
-    prompts = [row["prompt"][0]["content"] for row in InstructionMixture([four]).dataset(4000)]
+    prompts = [row["prompt"][0]["content"] for row in InstructionMixture([four]).dataset(2000)]
     counts = [prompts.count(f"{n} 1") for n in range(4)]
-    assert sum(counts) == 4000 and stats.chisquare(counts).pvalue > 0.001
+    assert sum(counts) == 2000 and stats.chisquare(counts).pvalue > 0.001
     assert {row["prompt"][0]["content"] for row in InstructionMixture([four], templates=False).dataset(50)} == {"0 1"}
 
 
@@ -120,12 +120,12 @@ def test_templates_off_after_on():
 
 
 def test_chains_are_shown_with_their_probability():
-    """30 % of the rows that have a chain, none of the others: in 4,000 draws within four standard errors."""
+    """30 % of the rows that have a chain, none of the others: in 2,000 draws within four standard errors."""
     mixed = InstructionMixture(
         [task("a", 50, chain=["steps", None] * 25), task("b", 50)], cot_ratio=0.3, cot_cue="Why?", system_prompt="Be."
     )
-    rows = mixed.dataset(4000)
-    tasks, numbers = mixed.drawn(4000)
+    rows = mixed.dataset(2000)
+    tasks, numbers = mixed.drawn(2000)
     can = (tasks == 0) & (numbers % 2 == 0)
     shown = np.array([text.startswith("steps\n") for text in answers(rows)])
     assert not shown[~can].any()
