@@ -13,6 +13,7 @@ from lifecycle_hf.evaluation.metrics import exact_match, kl_to_reference, multip
 from lifecycle_hf.evaluation.pareto import capability_at, hypervolume, pareto_front
 from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization, plot_pareto, plot_reliability
 from lifecycle_hf.evaluation.report import TaxReport
+from lifecycle_hf.evaluation.text import rouge_l
 
 __all__ = [
     "Evaluation",
@@ -38,6 +39,7 @@ __all__ = [
     "plot_pareto",
     "plot_reliability",
     "reliability_bins",
+    "rouge_l",
     "self_bleu",
     "token_entropy",
 ]
