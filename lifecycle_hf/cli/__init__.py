@@ -24,5 +24,6 @@ from lifecycle_hf.cli.running import (
     train_policy,
 )
 from lifecycle_hf.cli.sampling import BestOfNArguments, sample_and_train
+from lifecycle_hf.cli.writing import WriterArguments, load_tasks, load_writer, tell_written
 from lifecycle_hf.data.loading import first_rows
 from lifecycle_hf.evaluation.report import write_report

@@ -14,8 +14,9 @@ def load_prompts(module: str) -> dict:
 
 
 def ask(prompt: str, **fields) -> list[dict]:
-    """Return a chat of one user message: a prompt with its {fields} filled in."""
-    return [{"role": "user", "content": prompt.format(**fields)}]
+    """Return the chat of a prompt with its {fields} filled in, whose last line is the start of the answer."""
+    request, _, start = prompt.format(**fields).rpartition("\n")
+    return [{"role": "user", "content": request.strip()}, {"role": "assistant", "content": start}]
 
 
 def first_fault(faults: dict[str, bool]) -> str:

@@ -40,7 +40,8 @@ class Writer(Protocol):
         """Return one text for each chat; the same call gives the same texts.
 
         Args:
-            chats: lists of messages with "role" and "content", the last one a user's.
+            chats: lists of messages with "role" and "content", the last one a user's, or the assistant's: the start of
+                an answer, which the text continues.
             max_tokens: most tokens of a text. One that was cut off there is a [`Cut`].
             temperature: 0 for the most likely tokens.
             stop: a text ends before the first of these strings.
@@ -55,7 +56,7 @@ class LocalWriter:
     """Write with a causal language model.
 
     A model without a chat template continues the text of the message; of several messages that of the turns with their
-    roles, up to the next user turn.
+    roles, up to the next user turn. The start of an answer then stands at the end of the last request.
 
     Args:
         model: causal LM or PEFT model, or its name or path.
@@ -101,6 +102,8 @@ class LocalWriter:
 class ServerWriter:
     """Write through an OpenAI-compatible server; an answer without a text becomes an empty one.
 
+    The start of an answer is sent at the end of the last request, since not all servers continue an answer.
+
     Args:
         server: [`ChatServer`], with its time-outs, retries and cache.
         batch_size: chats that a run sends together.
@@ -116,7 +119,8 @@ class ServerWriter:
             ValueError: the server fails.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature} | ({"stop": list(stop)} if stop else {})
-        choices = self.server.ask([{"messages": chat, "seed": seed + i} | options for i, chat in enumerate(chats)])
+        bodies = [{"messages": _requested(chat), "seed": seed + i} | options for i, chat in enumerate(chats)]
+        choices = self.server.ask(bodies)
         texts = [message_text(choice.get("message") or {}) or "" for choice in choices]
         ended = [choice.get("finish_reason") != "length" for choice in choices]
         return [_up_to((), text, end) for text, end in zip(texts, ended, strict=True)]
@@ -202,7 +206,16 @@ class Recorded:
 
 
 def _as_plain(chat: Chat) -> str:
+    chat = _requested(chat)
     return as_text(chat) + ("\n\nassistant:" if len(chat) > 1 else "")
+
+
+def _requested(chat: Chat) -> Chat:
+    """Return the chat with the start of an answer, if there is one, at the end of the request before it."""
+    if chat[-1]["role"] != "assistant":
+        return chat
+    *before, last, start = chat
+    return [*before, last | {"content": f"{last['content']}\n{start['content']}"}]
 
 
 def _up_to(stop: Sequence[str], text: str, ended: bool) -> str:

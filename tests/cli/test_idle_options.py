@@ -10,7 +10,8 @@ from trl import ModelConfig
 from lifecycle_hf import KTOConfig, PPOConfig, PreferenceConfig, PretrainingConfig, RewardConfig, SFTConfig, cli
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+WITHOUT_TRAINING = ("self_instruct", "evol_instruct")
+CONFIGS = [path for path in sorted((RECIPES / "configs").glob("*.yaml")) if not path.stem.startswith(WITHOUT_TRAINING)]
 NAMES = (
     "best_of_n", "dpo", "grpo", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law", "sft", "spin",
 )  # fmt: skip

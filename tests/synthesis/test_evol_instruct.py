@@ -44,7 +44,7 @@ class Script:
         self.calls += 1
         if self.calls == self.kill:
             raise KeyboardInterrupt
-        return [self.answer(chat[0]["content"]) for chat in chats]
+        return [self.answer("\n".join(turn["content"] for turn in chat)) for chat in chats]
 
     def answer(self, prompt):
         self.asked.append(prompt)
@@ -52,7 +52,7 @@ class Script:
             return ANSWERS[prompt]
         if prompt.endswith("Reply:"):
             return "Equal." if "First prompt: Sort words." in prompt else "They are not equal"
-        return EVOLVED[prompt.partition("#Given prompt#:\n")[2].rpartition("\n\n#")[0]]
+        return EVOLVED[prompt.partition("#Given prompt#:\n")[2].rpartition("\n#")[0]]
 
 
 def run(folder, writer=None, **options):
@@ -106,7 +106,7 @@ def test_more_rounds_go_on(tmp_path):
 def test_operators_are_drawn_by_seed(tmp_path):
     def operators(seed, **options):
         def writer(chats, **o):
-            return [f"{chat[0]['content'].split()[-1]} {o['seed']} not equal" for chat in chats]
+            return [f"seed {o['seed']} not equal"] * len(chats)
 
         rows, _ = run(tmp_path / f"{seed} {len(options)}", writer, seed=seed, rounds=6, **options)
         return [row["operator"] for row in rows]
@@ -116,9 +116,10 @@ def test_operators_are_drawn_by_seed(tmp_path):
 
 
 def test_every_operator_has_its_own_prompt():
-    prompts = [operator_prompt(name, "Count {x} to ten.")[0]["content"] for name in OPERATORS]
-    assert len(set(prompts)) == 6 and all(prompt.count("Count {x} to ten.") == 1 for prompt in prompts)
-    assert [prompt.endswith("#Created prompt#:") for prompt in prompts] == [False] * 5 + [True]
+    prompts = [operator_prompt(name, "Count {x} to ten.") for name in OPERATORS]
+    asked = [prompt[0]["content"] for prompt in prompts]
+    assert len(set(asked)) == 6 and all(text.endswith("#Given prompt#:\nCount {x} to ten.") for text in asked)
+    assert [prompt[1]["content"] for prompt in prompts] == ["#Rewritten prompt#:"] * 5 + ["#Created prompt#:"]
 
 
 def test_the_rules_at_their_borders():

@@ -49,11 +49,11 @@ class Script:
         if self.calls == self.kill:
             raise KeyboardInterrupt
         self.tokens["completion"] += len(chats)
-        return [self.answer(chat[0]["content"], temperature) for chat in chats]
+        return [self.answer("\n".join(turn["content"] for turn in chat), temperature) for chat in chats]
 
     def answer(self, prompt, temperature):
         self.prompts.append(prompt)
-        kind, task = prompt.splitlines()[-1], prompt.splitlines()[-2]
+        *_, task, kind = prompt.splitlines()
         if kind == "Classification:":
             return "Yes." if "even" in task else "Answer: no, yes"
         if kind in ("Input:", "Output:"):
@@ -132,7 +132,7 @@ def test_no_kept_pair_is_similar_whatever_the_order(tmp_path):
         texts = ["\n".join(f"{i}. {task}" for i, task in enumerate(part, 1)) for part in (tasks[:20], tasks[20:])]
 
         def writer(chats, texts=texts, **options):
-            last = [chat[0]["content"].splitlines()[-1] for chat in chats]
+            last = [chat[1]["content"] for chat in chats]
             if last[0].startswith("Task"):
                 return texts[: len(chats)]
             return ["no" if line == "Classification:" else " none\nOutput: x" for line in last]

@@ -62,9 +62,22 @@ def test_a_plain_model_continues_the_text(tiny_llama, monkeypatch):
         "lifecycle_hf.synthesis.writers.generate", lambda model, ids, **o: asked.extend(ids) or [[1]] * len(ids)
     )
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "goodbye"}]
-    writer([*chats("Tell me"), [*turns, turns[0]]], **OPTIONS)
+    writer([*chats("Tell me"), [*turns, turns[0]], turns], **OPTIONS)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in asked]
-    assert texts == ["Tell me", "user: hello\n\nassistant: goodbye\n\nuser: hello\n\nassistant:"]
+    turns = "user: hello\n\nassistant: goodbye\n\nuser: hello\n\nassistant:"
+    assert texts == ["Tell me", turns, "hello\ngoodbye"]  # the start of an answer is the end of the request
+
+
+def test_a_model_goes_on_with_the_start_of_an_answer(tiny_llama, monkeypatch):
+    make_model, tokenizer = tiny_llama
+    asked = []
+    monkeypatch.setattr(
+        "lifecycle_hf.synthesis.writers.generate", lambda model, ids, **o: asked.extend(ids) or [[1]] * len(ids)
+    )
+    LocalWriter(make_model(), tokenizer)(
+        [[*chats("hello")[0], {"role": "assistant", "content": "Task 9:"}]], **OPTIONS
+    )
+    assert tokenizer.decode(asked[0]).replace(" ", "").endswith("<|user|>hello<|assistant|>Task9:")
 
 
 def test_a_prompt_that_does_not_fit_is_told(tiny_llama):
@@ -87,7 +100,11 @@ def test_a_server_writes(stand_in):
     texts = writer(chats("a", "b", "nothing"), **OPTIONS, stop=["."])
     assert texts == ["a 3 6 1.0 ['.']", "b 4 6 1.0 ['.']", ""]
     assert [isinstance(text, Cut) for text in texts] == [False, True, False]
-    assert writer(chats("a"), **OPTIONS) == ["a 3 6 1.0 None"] and writer.tokens == {"prompt": 30, "completion": 3}
+    start = {"role": "assistant", "content": "c"}
+    assert writer([[*chats("a")[0], start]], **OPTIONS) == ["a\nc 3 6 1.0 None"] and writer.tokens == {
+        "prompt": 30,
+        "completion": 3,
+    }
 
 
 def test_a_record_asks_once_and_goes_on_after_a_kill(tmp_path):
