@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lifecycle_hf.completions.scoring import Completions, completion_logprobs
 from lifecycle_hf.data.collators import length_mask, pad_sequences
 from lifecycle_hf.data.tokenize import encode_complete, encode_prompt
 from lifecycle_hf.evaluation.bootstrap import Measurement, exp_ratio, ratio
@@ -120,7 +121,7 @@ def multiple_choice(
         if not all(options) or not 0 <= label < len(options):
             raise ValueError(f"multiple_choice: question {i} has the label {label} and the choices {list(options)}.")
         for choice in options:
-            context, answer = _encode_choice(tokenizer, question, choice)
+            context, answer = encode_choice(tokenizer, question, choice)
             rows.append((context + answer)[-(max_length or 0) :])
             lengths.append(len(answer))
             if not 0 < len(answer) < len(rows[-1]):
@@ -146,7 +147,10 @@ def multiple_choice(
     return MultipleChoice(*right, weights / weights.sum(1, keepdims=True), labels)
 
 
-def _encode_choice(tokenizer, question, choice) -> tuple[list[int], list[int]]:
+def encode_choice(
+    tokenizer: PreTrainedTokenizerBase, question: str | list[dict], choice: str
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a question and of a choice after it, as `multiple_choice` reads them."""
     if not isinstance(question, str):
         return encode_prompt(tokenizer, question), tokenizer(choice, add_special_tokens=False)["input_ids"]
     context = question.rstrip()
@@ -159,6 +163,32 @@ def _unended(tokenizer, text) -> list[int]:
     """Token ids without the EOS that some tokenizers append; one that stands alone opens the text."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+@torch.no_grad()
+def completion_nll(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, batch_size: int = 8
+) -> np.ndarray:
+    """Return −Σ_t log p(y_t | x, y_<t) of each completion y of a prompt x, nats, [N]; the model is put in eval mode.
+
+    Completions of the same prompt that fall into one batch share its encoding.
+
+    Args:
+        prompts, completions: token ids, none empty.
+    """
+    nll, training = np.empty(len(prompts)), model.training
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            own, answers = [prompts[i] for i in rows], [completions[i] for i in rows]
+            groups = [own.index(prompt) for prompt in own]
+            batch = Completions.from_lists(own, answers, 0, next(model.parameters()).device, groups)
+            nll[rows] = -completion_logprobs(model, batch).logprobs.sum(1).double().cpu().numpy()
+    finally:
+        model.train(training)
+    return nll
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None) -> Measurement:

@@ -1,9 +1,11 @@
-"""Overlap of two texts: ROUGE-L."""
+"""Overlap of two texts: ROUGE-L, and the form in which short answers are compared."""
 
 import re
+import string
 from collections.abc import Iterable, Sequence
 
 _WORD = re.compile("[a-z0-9]+")
+_ARTICLES, _SIGNS = re.compile(r"\b(a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
 
 def rouge_words(text: str) -> list[str]:
@@ -41,3 +43,13 @@ def rouge_l(prediction: str, target: str) -> float:
     """
     ours, theirs = rouge_words(prediction), rouge_words(target)
     return 2 * lcs_lengths(ours, [theirs])[0] / (len(ours) + len(theirs)) if ours and theirs else 0.0
+
+
+def normalized_answer(text: str) -> str:
+    """Return a text as SQuAD compares it: lower case, without ASCII punctuation, a, an, the, and repeated blanks.
+
+    A hyphen and a point are punctuation: "-3" becomes "3", and "1.5" becomes "15".
+
+    Reference: the evaluation script of https://arxiv.org/abs/1606.05250.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_SIGNS)).split())
