@@ -144,7 +144,7 @@ class InstructionQuality:
             if values and name in SHARES:
                 found |= {SHARES[name][0]: len(values), f"share {SHARES[name][1]}": sum(values) / len(values)}
             elif values:
-                found[name.replace("_", " ")] = np.percentile(values, (10, 50, 90)).tolist()
+                found[name.replace("_2", "-2").replace("_", " ")] = np.percentile(values, (10, 50, 90)).tolist()
         return found
 
     def _table(self) -> tuple[list[str], list[list[str]]]:

@@ -171,7 +171,7 @@ class TaskScores:
 
     def to_terminal(self, title: str = "Tasks") -> str:
         """Return a table of the scores drawn by rich."""
-        caption = "most common: share of the most common answer; main: the score that counts"
+        caption = "most common: share of the most common answer; main: the score that counts, with its 95 % interval"
         return terminal_table(*self._table(), left=("family",), title=title, caption=caption, width=150)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
@@ -188,7 +188,7 @@ class TaskScores:
         families, tasks = {item.family for item in self.tasks}, {item.task for item in self.tasks}
         means = ("mean/", "family/") if len(families) < len(tasks) else ("mean/",)
         rows += [[k, *[""] * (len(METRICS) + 5), *cells(v)] for k, v in self.values().items() if k.startswith(means)]
-        return ["task", "family", "shots", "rows", *METRICS.values(), "most common", "main", "score", "95 %"], rows
+        return ["task", "family", "shots", "rows", *METRICS.values(), "most common", "main", "score", "interval"], rows
 
 
 def mean_of_tasks(parts: Sequence[Measurement], weights: Sequence[float] | None = None) -> Measurement:
