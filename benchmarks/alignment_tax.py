@@ -14,7 +14,7 @@ default's. A run that stands in --output_dir is kept, so that a benchmark that w
 A method is judged by its front, not by one point: the runs that no other of its runs beats in gold reward and tax.
 There are three taxes, each against the SFT model: on perplexity (relative), on benign accuracy, and on known facts.
 
-- Tax at gold reward .90: read off the front of the means over seeds, linearly between its points.
+- Tax at gold reward .90 (`--equal`): read off the front of the means over seeds, linearly between its points.
 - Hypervolume: the area between the front and the corner (gold reward of the SFT model, CORNER).
 
 Both are compared with plain training (β alone swept) on the same seeds. Intervals are 95 % jackknife intervals over
@@ -41,7 +41,6 @@ BETAS = {"ppo": (0.1, 0.3, 0.6, 1.2), "dpo": (0.05, 0.1, 0.3, 1.0)}
 FEW = {"ppo": (0.3, 1.2), "dpo": (0.1, 0.3)}
 RATES = {"ppo": (2e-4, 4e-4), "dpo": (3e-4, 6e-4)}
 ALPHAS = (0.25, 0.5, 0.75)
-EQUAL = 0.90
 CORNER = {"perplexity": 0.2, "benign_accuracy": 0.5, "facts": 0.5}
 """The taxes, and the tax of the corner that hypervolumes are measured from."""
 
@@ -114,7 +113,8 @@ def tune(stage, grids, folder, args) -> dict[str, float]:
 class Fronts:
     """The points of every method, [seeds, points, 2]: gold reward and minus a tax."""
 
-    def __init__(self, found: dict[str, list[list[dict]]], base: dict, tax: str):
+    def __init__(self, found: dict[str, list[list[dict]]], base: dict, tax: str, equal: float):
+        self.equal = equal
         self.start = (float(base["gold_reward"]), 0.0)
         self.corner = (self.start[0], -CORNER[tax])
         self.points = {
@@ -128,7 +128,7 @@ class Fronts:
     def equal_tax(self, method, seeds) -> float:
         from lifecycle_hf.evaluation.pareto import capability_at
 
-        return -capability_at(self.means(method, seeds), EQUAL)
+        return -capability_at(self.means(method, seeds), self.equal)
 
     def volume(self, method, seeds) -> float:
         from lifecycle_hf.evaluation.pareto import hypervolume
@@ -147,7 +147,7 @@ class Fronts:
             front = points[pareto_front(points)]
             (line,) = axes.plot(*front.T, marker="o", markersize=3.5, linewidth=1.6, label=method)
             axes.plot(*points.T, ".", markersize=3, color=line.get_color(), alpha=0.4)
-        axes.axvline(EQUAL, color="grey", linewidth=0.8, linestyle=":")
+        axes.axvline(self.equal, color="grey", linewidth=0.8, linestyle=":")
         axes.set(
             xlabel="gold reward →", ylabel=f"−tax on {tax.replace('_', ' ')} →",
             title=f"{stage.upper()} in the toy world: fronts of the means of {seeds} seeds",
@@ -160,12 +160,12 @@ def against_plain(of, method, runs) -> float:
     return of(method, runs) - of("plain", runs)
 
 
-def report(stage, found, base, folder) -> tuple[str, dict]:
+def report(stage, found, base, folder, equal) -> tuple[str, dict]:
     """The part of results.md about one stage, and its numbers."""
     from lifecycle_hf.evaluation.bootstrap import holm, jackknife
 
     seeds = len(next(iter(found.values())))
-    fronts, rows, everyone = {tax: Fronts(found, base, tax) for tax in CORNER}, {}, list(range(seeds))
+    fronts, rows, everyone = {tax: Fronts(found, base, tax, equal) for tax in CORNER}, {}, list(range(seeds))
     for tax, front in fronts.items():
         front.draw(folder / f"front_{stage}_{tax}.png", stage, tax, seeds)
         for measure, of in (("equal", front.equal_tax), ("volume", front.volume)):
@@ -176,7 +176,7 @@ def report(stage, found, base, folder) -> tuple[str, dict]:
     compared = [key for key in rows if key[2] != "plain"]
     corrected = dict(zip(compared, holm([rows[key][1].p for key in compared]), strict=True))
     lines = [f"## {stage.upper()}, {seeds} seeds\n"]
-    for measure, title in (("equal", f"Tax at gold reward {EQUAL:.2f} ↓"), ("volume", "Hypervolume ↑")):
+    for measure, title in (("equal", f"Tax at gold reward {equal:.2f} ↓"), ("volume", "Hypervolume ↑")):
         lines += [f"{title}, and the difference to plain (95 % interval; p after Holm)\n"]
         lines += [f"| method | most gold reward | {' | '.join(t.replace('_', ' ') for t in CORNER)} |"]
         lines += ["|---|---:" + "|---:" * len(CORNER) + "|"]
@@ -196,7 +196,9 @@ def _cell(own, change, p) -> str:
     if not np.isfinite(own.estimate):
         return "not reached"
     text = f"{own.estimate:.3f}"
-    if p is not None and np.isfinite(change.estimate):
+    if p is not None and not np.isfinite(change.low):
+        text += " (no interval: not reached without some seed)"
+    elif p is not None and np.isfinite(change.estimate):
         told = "p < .01" if p < 0.005 else f"p {p:.2f}"
         text += f" ({change.estimate:+.3f}: {change.low:+.3f} to {change.high:+.3f}; {told})"
     return text
@@ -223,7 +225,7 @@ def main(args):
         ]
         make_all([run for seed in plan["interpolation"] for run in seed], args.rows, args.workers)
         found = {method: [[values_of(run) for run in seed] for seed in runs] for method, runs in plan.items()}
-        text, numbers[stage] = report(stage, found, base_values(args.rows, folder), folder)
+        text, numbers[stage] = report(stage, found, base_values(args.rows, folder), folder, args.equal)
         rates = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
         chosen = f"chosen on the seeds {args.tuning_seeds}" if args.tuning_seeds else "the default's, not tuned"
         texts.append(f"{text}\nLearning rates ({chosen}): {rates}.\n")
@@ -240,6 +242,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tuning_seeds", type=int, nargs="+", help="seeds of the learning rates; 0 1 by default, none with --short"
     )
+    parser.add_argument("--equal", type=float, default=0.9, help="gold reward at which taxes are compared")
     parser.add_argument("--rows", type=int, default=512, help="held-out requests per model")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output_dir", default="output/benchmark_tax")
