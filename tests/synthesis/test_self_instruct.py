@@ -159,6 +159,8 @@ def test_instances_are_read_with_or_without_the_first_name():
     assert parse_instances("Input: <noinput>\nOutput: none", False) == [{"input": "", "output": "none"}]
     assert parse_instances("x\nInput: 1\nInput: 2\nOutput: y", True) == [{"output": "x", "input": "1"}]
     assert parse_instances("Input: 1", True) == parse_instances("", False) == []
+    for text, whole in (("a\nOutput: b\nOutput: c", True), ("a\nOutput: b", False), ("a\nOutput: b\nInput:", True)):
+        assert bool(filter_instances(parse_instances(Cut(text), False))[0]) is whole  # the last field alone is cut off
     row = {"input": "", "output": "a"}
     assert filter_instances([row, {"input": "", "output": "b"}])[0] == [row, {"input": "", "output": "b"}]
 
