@@ -22,7 +22,7 @@ IN_CONTEXT, GENERATED, SHOTS = 8, 2, 4
 """Tasks in the prompt for new ones, how many of them are generated, and solved examples of each kind in the others."""
 SHORTEST, LONGEST = 3, 150
 """Fewest and most words of an instruction; an example in a prompt has at most as many."""
-_NUMBERED = re.compile(r"^\W*(?:task\s*)?(\d+)\s*[.:)][*_]*\s*", re.IGNORECASE | re.MULTILINE)
+_NUMBERED = re.compile(r"^\W*(?:task\s*)?(\d+)\s*[.:)][*_]*\s*(?:\d+[.)]\s+)?", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(r"^[\W_]*(input|output)\s*:[*_]*", re.IGNORECASE | re.MULTILINE)
 NO_INPUT = {("input", word) for word in ("none", "n/a", "no input", "noinput")}
 _KEYWORDS = re.compile(rf"\b(?:{'|'.join(PROMPTS['keywords'])})\b", re.IGNORECASE)
@@ -193,7 +193,7 @@ def filter_instances(rows: list[dict]) -> tuple[list[dict], Counter]:
         fault = first_fault({
             "cut off": any(isinstance(value, Cut) for value in row.values()),
             "empty output": not row["output"],
-            "output is input": row["output"] == row["input"],
+            "output is input": row["output"].lower().split() == row["input"].lower().split(),
             "input with other outputs": row["input"] and len(outputs[row["input"]]) > 1,
             "repeated": row in good,
         })  # fmt: skip
