@@ -22,7 +22,7 @@ IN_CONTEXT, GENERATED, SHOTS = 8, 2, 4
 """Tasks in the prompt for new ones, how many of them are generated, and solved examples of each kind in the others."""
 SHORTEST, LONGEST = 3, 150
 """Fewest and most words of an instruction; an example in a prompt has at most as many."""
-_NUMBERED = re.compile(r"^\W*(?:task\s*)?(\d+)\s*[.:)][*_]*\s*", re.IGNORECASE | re.MULTILINE)
+_NUMBERED = re.compile(r"^\W*(?:task\s*)?(\d+)\s*[.:)][*_]*\s*(?:\d+[.)]\s+)?", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(r"^[\W_]*(input|output)\s*:[*_]*", re.IGNORECASE | re.MULTILINE)
 NO_INPUT = {("input", word) for word in ("none", "n/a", "no input", "noinput")}
 _KEYWORDS = re.compile(rf"\b(?:{'|'.join(PROMPTS['keywords'])})\b", re.IGNORECASE)
@@ -103,10 +103,8 @@ class _Run:
             chats.append(ask(PROMPTS["instructions"], tasks=listed, next=len(known) + 1))
         texts = self._written(chats, draw, self.settings["temperature"], stop=[f"\nTask {2 * IN_CONTEXT + 1}:"])
         for text in texts:
-            found = listed_tasks(text, len(known) + 1)
-            for i, instruction in enumerate(found):
-                words, cut = rouge_words(instruction), isinstance(text, Cut) and i == len(found) - 1
-                fault = "cut off" if cut else instruction_fault(instruction)
+            for instruction in listed_tasks(text, len(known) + 1):
+                words, fault = rouge_words(instruction), instruction_fault(instruction)
                 fault = fault or ("similar" if is_similar(words, self.pool, self.settings["threshold"]) else "")
                 if fault:
                     self.tallies["instructions"][fault] += 1
@@ -129,7 +127,7 @@ class _Run:
         asked = [ask(prompts[kind], examples=shown[kind], instruction=text) for text, kind in zip(fresh, kinds)]
         texts = self._written(asked, draw, self.settings["instance_temperature"], stop=["\nTask:"])
         for instruction, kind, text in zip(fresh, kinds, texts, strict=True):
-            good, dropped = filter_instances(parse_instances(text, kind), cut=isinstance(text, Cut))
+            good, dropped = filter_instances(parse_instances(text, kind))
             more = {"is_classification": kind, "round": number}
             self.rows += [{"instruction": instruction} | row | more for row in good]
             self.kept += [instruction] if good else []
@@ -145,16 +143,19 @@ def listed_tasks(text: str, number: int) -> list[str]:
     """Return the tasks of a text that continues a list from task `number`, each on one line.
 
     What stands before the first number is task `number` if that number is a higher one, and a preamble otherwise.
+    The last task of a [`Cut`] is one.
     """
     pieces = _NUMBERED.split(text)
     first = pieces[:1] if len(pieces) == 1 or int(pieces[1]) > number else []
-    return [line for piece in [*first, *pieces[2::2]] if (line := _one_line(piece))]
+    found = [line for piece in [*first, *pieces[2::2]] if (line := _one_line(piece))]
+    return [*found[:-1], *map(type(text), found[-1:])]
 
 
 def instruction_fault(instruction: str) -> str:
     """Return the filter that an instruction fails, whatever the others are, or an empty string."""
     size, first = len(instruction.split()), instruction[0]
     return first_fault({
+        "cut off": isinstance(instruction, Cut),
         "too short": size < SHORTEST,
         "too long": size > LONGEST,
         "start": first in string.punctuation or not first.isascii(),
@@ -173,29 +174,26 @@ def is_similar(words: Sequence[str], pool: Sequence[Sequence[str]], threshold: f
 def parse_instances(text: str, output_first: bool) -> list[dict]:
     """Return the instances ("input", "output") of a text that continues "Input:", or else "Output:".
 
-    An input "none" becomes an empty one. A field without its partner is left out.
+    An input "none" becomes an empty one. A field without its partner is left out. The last of a [`Cut`] is one.
     """
     first, start = "output" if output_first else "input", _FIELD.match(text)
     pieces = _FIELD.split(text if start and start[1].lower() == first else f"{first}:{text}")
     fields = [(name.lower(), value.strip()) for name, value in zip(pieces[1::2], pieces[2::2], strict=True)]
     fields = [(a, "" if (a, b.lower().strip("<>.")) in NO_INPUT else b) for a, b in fields]
+    fields[-1] = (fields[-1][0], type(text)(fields[-1][1]))
     return [dict((a, b)) for a, b in pairwise(fields) if a[0] == first != b[0]]
 
 
-def filter_instances(rows: list[dict], *, cut: bool = False) -> tuple[list[dict], Counter]:
-    """Return the instances of one instruction that are kept, and how many each filter dropped.
-
-    Args:
-        cut: whether the text was cut off, in the last of them.
-    """
+def filter_instances(rows: list[dict]) -> tuple[list[dict], Counter]:
+    """Return the instances of one instruction that are kept, and how many each filter dropped."""
     outputs, good, dropped = {}, [], Counter()
     for row in rows:
         outputs.setdefault(row["input"], set()).add(row["output"])
-    for i, row in enumerate(rows):
+    for row in rows:
         fault = first_fault({
-            "cut off": cut and i == len(rows) - 1,
+            "cut off": any(isinstance(value, Cut) for value in row.values()),
             "empty output": not row["output"],
-            "output is input": row["output"] == row["input"],
+            "output is input": row["output"].lower().split() == row["input"].lower().split(),
             "input with other outputs": row["input"] and len(outputs[row["input"]]) > 1,
             "repeated": row in good,
         })  # fmt: skip

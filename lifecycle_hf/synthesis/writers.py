@@ -82,7 +82,7 @@ class LocalWriter:
         """
         plain = self.tokenizer.chat_template is None
         prompts = [encode_prompt(self.tokenizer, _as_plain(chat) if plain else chat) for chat in chats]
-        longest, most = max(map(len, prompts)), getattr(self.model.config, "max_position_embeddings", None)
+        longest, most = max(map(len, prompts), default=0), getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and longest + max_tokens > most:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_tokens={max_tokens} do not fit in the context of {most} tokens"

@@ -151,6 +151,7 @@ def test_no_kept_pair_is_similar_whatever_the_order(tmp_path):
 def test_a_list_is_read_from_its_number_on():
     assert listed_tasks("Sing a song.\nTask 10: Go.\nTask 11:\n", 9) == ["Sing a song.", "Go."]
     assert listed_tasks("Sure:\n\nTask 9: Sing\na song.", 9) == ["Sing a song."]
+    assert listed_tasks("Sing.\nTask 10: 2. Go.\nTask 11: 3 to 5.", 9) == ["Sing.", "Go.", "3 to 5."]
     assert listed_tasks("Add 2 and 3.", 9) == ["Add 2 and 3."] and listed_tasks("", 9) == []
 
 
@@ -159,6 +160,9 @@ def test_instances_are_read_with_or_without_the_first_name():
     assert parse_instances("Input: <noinput>\nOutput: none", False) == [{"input": "", "output": "none"}]
     assert parse_instances("x\nInput: 1\nInput: 2\nOutput: y", True) == [{"output": "x", "input": "1"}]
     assert parse_instances("Input: 1", True) == parse_instances("", False) == []
+    for text, whole in (("a\nOutput: b\nOutput: c", True), ("a\nOutput: b", False), ("a\nOutput: b\nInput:", True)):
+        assert bool(filter_instances(parse_instances(Cut(text), False))[0]) is whole  # the last field alone is cut off
+    assert filter_instances([{"input": "It is so", "output": "it is  so"}]) == ([], {"output is input": 1})
     row = {"input": "", "output": "a"}
     assert filter_instances([row, {"input": "", "output": "b"}])[0] == [row, {"input": "", "output": "b"}]
 
