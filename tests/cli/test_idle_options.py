@@ -10,10 +10,11 @@ from trl import ModelConfig
 from lifecycle_hf import KTOConfig, PPOConfig, PreferenceConfig, PretrainingConfig, RewardConfig, SFTConfig, cli
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-WITHOUT_TRAINING = ("self_instruct", "evol_instruct")
+WITHOUT_TRAINING = ("constitution", "evol_instruct", "self_instruct")
 CONFIGS = [path for path in sorted((RECIPES / "configs").glob("*.yaml")) if not path.stem.startswith(WITHOUT_TRAINING)]
 NAMES = (
-    "best_of_n", "dpo", "grpo", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law", "sft", "spin",
+    "best_of_n", "dpo", "grpo", "instruct", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law",
+    "sft", "spin",
 )  # fmt: skip
 OWN = {
     "dpo": PreferenceConfig, "kto": KTOConfig, "ppo": PPOConfig, "pretrain": PretrainingConfig,
