@@ -68,7 +68,7 @@ def constitute(args: ConstitutionArguments) -> None:
     is printed.
     """
     folder, stages = Path(args.output_dir), STAGES[args.train]
-    options = stage_options(args.stage_options, stages)
+    options = stage_options(args.stage_options)
     principles = load_constitution(args.principles)
     if args.dataset_name == "toyworld":
         principles = [principle for principle in principles if principle.name in ("harmless", "helpful", "polite")]
@@ -135,19 +135,19 @@ def sample_pairs(writer, rows: Dataset, folder: Path, seed: int, options: dict) 
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def stage_options(given: list[str], stages: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return {stage: words of its command line} of options as STAGE:OPTION=VALUE.
+def stage_options(given: list[str]) -> dict[str, list[str]]:
+    """Return {stage: words of its command line} of options as STAGE:OPTION=VALUE; a stage may be one that is not run.
 
     Raises:
-        ValueError: one is written otherwise, or its stage is not trained.
+        ValueError: one is written otherwise, or its stage is unknown.
     """
-    words = {stage: [] for stage in stages}
+    words = {stage: [] for stages in STAGES.values() for stage in stages}
     for text in given:
         stage, _, rest = text.partition(":")
         name, equals, value = rest.partition("=")
         if stage not in words or not equals:
             raise ValueError(
-                f"stage_options: {text!r} is not STAGE:OPTION=VALUE with a stage that is trained: {', '.join(stages)}."
+                f"stage_options: {text!r} is not STAGE:OPTION=VALUE with one of the stages {', '.join(words)}."
             )
         words[stage] += [f"--{name}", value]
     return words
