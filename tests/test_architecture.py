@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def relative(path):
     return str(path.relative_to(REPOSITORY))
 
 
+@cache
 def tree(path):
     return ast.parse(path.read_text(), filename=str(path))
 
@@ -140,6 +142,7 @@ def test_nothing_unsafe_or_unstable(path):
         assert ast.unparse(trusted) != "True", f"{place}: remote code is trusted only when the user asks"
 
 
+@cache
 def private_names_of(owner):
     """Private names that the source of a class defines: methods, class attributes, attributes of `self`."""
     names = set()

@@ -23,7 +23,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
     ],
 )
 def test_embedded_default_runs_on_two_processes(config, quick_stages, tmp_path):
-    options = ("--max_steps", 8, "--measure_updates", 1, "--measure_rows", 32, "--output_dir", tmp_path)
+    options = ("--max_steps", 2, "--ppo_epochs", 1, "--measure_updates", 1, "--measure_rows", 32)
+    options += ("--output_dir", tmp_path)
     printed = launch(config, RECIPE, *options, cwd=tmp_path)
     assert "gold reward" in printed
     assert "| world_size | `2` |" in (tmp_path / "README.md").read_text()

@@ -87,6 +87,7 @@ def test_ppo_under_a_floor_of_the_score(tiny_llama, tmp_path):
     assert trainer.stateful["multiplier_objective"] is multiplier
 
 
+@pytest.mark.slow
 def test_sft_learns_under_a_ceiling_of_what_it_may_forget(tiny_llama, tmp_path):
     make_model, tokenizer = tiny_llama
     known = Dataset.from_dict({"text": SENTENCES})
