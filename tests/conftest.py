@@ -11,8 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate.utils.imports
+import accelerate.utils.memory
 import pytest
 import torch
 from chat_server import StandIn
@@ -20,6 +24,9 @@ from hub_standin import HubStandin
 from transformers import set_seed
 
 torch.set_num_threads(1)
+# accelerate reads the files of a package again whenever it unwraps a model, and collects garbage after each `train()`.
+accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
+accelerate.utils.memory.gc = SimpleNamespace(collect=lambda: gc.collect(0))
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -72,7 +79,7 @@ def quick_stages(shared_folder, monkeypatch):
     """The toy world's SFT and reward model after a few steps: for tests in which any model will do."""
     from lifecycle_hf.toyworld import data, stages
 
-    steps = {"sft": 60, "reward": 8}
+    steps = {"sft": 40, "reward": 8}
 
     def few_steps(stage, folder):
         recipe, (make, *_) = REPOSITORY / "recipes" / f"{stage}.py", data._STAGES[stage]

@@ -27,6 +27,7 @@ runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_small_without_the_optional_libraries(tmp_path, monkeypatch):
     command = [sys.executable, "-c", BLOCK, "--smoke", "--output", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}

@@ -23,7 +23,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
     ],
 )
 def test_embedded_default_runs_on_two_processes(config, quick_stages, tmp_path):
-    options = ("--max_steps", 2, "--ppo_epochs", 1, "--measure_updates", 1, "--measure_rows", 32)
+    options = ("--max_steps", 2, "--ppo_epochs", 1, "--measure_rows", 32, "--per_device_train_batch_size", 8)
     options += ("--output_dir", tmp_path)
     printed = launch(config, RECIPE, *options, cwd=tmp_path)
     assert "gold reward" in printed

@@ -23,7 +23,7 @@ WHOLE = {
 QUICK = {
     "NO": WHOLE | {"ppo": "full,lora,head,grpo"},
     "MULTI_CPU": WHOLE | {"ppo": "full,lora,grpo,resume"},
-    "ZERO2": {"preference": "dpo,kto,online"},
+    "ZERO2": {"preference": "dpo,online"},
     "ZERO3": {"ppo": "full,lora"},
 }
 SLOW = {

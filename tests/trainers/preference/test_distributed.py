@@ -15,7 +15,7 @@ SLOW = pytest.mark.slow
     [
         ("MULTI_CPU", NAMES, False),
         pytest.param("FSDP", NAMES, True, marks=SLOW),
-        pytest.param("ZERO2", ("dpo", "kto", "online"), False, marks=needs_deepspeed),
+        pytest.param("ZERO2", ("dpo", "online"), False, marks=needs_deepspeed),
         pytest.param("ZERO2", NAMES, True, marks=[needs_deepspeed, SLOW]),
         pytest.param("ZERO3", NAMES, True, marks=[needs_deepspeed, SLOW]),
     ],
