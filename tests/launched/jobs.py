@@ -25,8 +25,9 @@ def without_compiling():
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         without_compiling()
+    trainer = None
     for script, arguments in json.loads(sys.argv[1]):
         main = import_module(script).main
         gc.freeze()  # as tests/conftest.py
-        trainer = main(*arguments)
+        trainer = main(*arguments) or trainer
     end(trainer)

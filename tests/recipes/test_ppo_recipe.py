@@ -1,4 +1,4 @@
-"""The embedded default of recipes/ppo.py: over two processes, and its effect on two seeds."""
+"""recipes/ppo.py over two processes, and the effect of its embedded default on two seeds."""
 
 import json
 import subprocess
@@ -14,12 +14,13 @@ from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
 RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
         "cpu_ddp",
-        pytest.param("cpu_zero2", marks=[needs_deepspeed, pytest.mark.slow]),
-        pytest.param("cpu_zero3", marks=[needs_deepspeed, pytest.mark.slow]),
+        pytest.param("cpu_zero2", marks=needs_deepspeed),
+        pytest.param("cpu_zero3", marks=needs_deepspeed),
     ],
 )
 def test_embedded_default_runs_on_two_processes(config, quick_stages, tmp_path):

@@ -71,6 +71,23 @@ def jobs(engine, slow, root, folder):
         before, after = models.get(name, ([], []))
         batch = BATCH[name] // (1 if engine == "NO" else 2)
         yield f"{name}_invariance", [folder / name, batch, *before, modes, *after]
+    if engine == "MULTI_CPU" and not slow:
+        yield "recipe", ["ppo.py", *recipe_options(base, reward, folder / "recipe")]
+
+
+def recipe_options(base, reward, folder):
+    """What changes recipes/ppo.py from the toy world to two quick steps on a few rows."""
+    rows = {"prompts": "prompt", "texts": "text"}
+    for name, column in rows.items():
+        lines = [json.dumps({column: f"{i} hello Paris"}) for i in range(20)]
+        (base.parent / f"{name}.jsonl").write_text("\n".join(lines))
+    prompts, texts = (base.parent / f"{name}.jsonl" for name in rows)
+    options = {
+        "model_name_or_path": base, "reward_funcs": reward, "dataset_name": prompts, "ptx_dataset_name": texts,
+        "output_dir": folder, "max_steps": 2, "ppo_epochs": 1, "per_device_train_batch_size": 2,
+        "max_completion_length": 8, "ptx_batch_size": 2, "measure_updates": 1, "measure_rows": 8,
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def save_models(tiny_llama, folder):

@@ -1,9 +1,14 @@
 """Test that two processes on CPU give the result of one: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
+import json
+
 import pytest
+import torch
 from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lifecycle_hf.models.loading import load_causal_lm, load_tokenizer
 
 ALL = ("full", "lora", "head", "grpo", "resume")
 SLOW = pytest.mark.slow
@@ -36,6 +41,15 @@ def test_two_processes_of_four_equal_one_of_eight(engine, modes, slow, launched)
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (mode, name)
         assert [len(lengths) for lengths in two["sampled"]] == [4] and min(two["sampled"][0]) >= 1
         check_saved(mode, double.folder / "ppo" / mode, double.models / "base")
+
+
+def test_the_recipe_runs_on_two_processes(launched):
+    folder = launched("MULTI_CPU").folder / "recipe"
+    assert "| world_size | `2` |" in (folder / "README.md").read_text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["kl"]["before"] == pytest.approx(0, abs=1e-3) and report["kl"]["after"] != report["kl"]["before"]
+    assert (folder / "training.png").exists()
+    assert load_causal_lm(str(folder)).dtype == torch.float32 and load_tokenizer(str(folder)).eos_token
 
 
 def check_resumed(found, engine):
