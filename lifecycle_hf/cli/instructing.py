@@ -101,10 +101,7 @@ def load_mixture(name: str | None, rows: int, options: dict) -> tuple[Instructio
         ValueError: there is no such file, or one of its options is not valid.
     """
     if name == "toyworld":
-        tasks = [
-            InstructionTask(task, instructions.instruction_rows(task), family=family)
-            for task, (family, *_) in instructions.TASKS.items()
-        ]
+        tasks = list(map(instructions.instruction_task, instructions.TASKS))
         mixture = InstructionMixture(tasks, **{"held_out": instructions.HELD_OUT} | options)
         held = {task: instructions.instruction_rows(task, held_out=True) for task in instructions.TASKS}
     elif name and Path(name).suffix in (".yaml", ".yml"):

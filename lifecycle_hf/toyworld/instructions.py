@@ -6,28 +6,37 @@ from functools import partial
 
 from datasets import Dataset
 
+from lifecycle_hf.data.instruction_tasks import InstructionTask
 from lifecycle_hf.toyworld.dialogue import refusal, requests
 from lifecycle_hf.toyworld.world import ATTRIBUTES, DIGITS, LANDS, NOUNS, is_held_out
 
 WORDS = [word for name in ("flag", "food", "animal") for word in ATTRIBUTES[name]]
 HELD_OUT = ("food", "animal")
-"""Families that the default never trains on: the same kinds of task, about other things."""
+"""Families that the default never trains on: the same kinds of task about other things, in a wording of their own."""
 _TOLD = ("{Noun} is {value}.", "As for {noun}, it is {value}.", "They say that {noun} is {value}.")
 _READING = {
-    "question": ("Write the question that is answered.", "What is {noun}?"),
-    "land": ("Write the name of the land.", "{land}"),
-    "value": ("Write the last word.", "{value}"),
+    "question": ("Write the question that is answered.", "Give the question for this answer.", "What is {noun}?"),
+    "land": ("Write the name of the land.", "Tell the land of this sentence.", "{land}"),
+    "value": ("Write the last word.", "Give the final word.", "{value}"),
 }
-"""Instruction and answer of the tasks about a sentence; the sentences need not be true."""
+"""Instruction, instruction in held-out families, and answer of the tasks about a sentence, which need not be true."""
+_PLAIN = "{instruction}\n\n{input}"
+TEMPLATES = {
+    "question": [_PLAIN, "{input}\n\nWhat was the question?", "Find a question for this: {input}"],
+    "land": [_PLAIN, "{input}\n\nWhich land is that?", "Find the land in this: {input}"],
+    "value": [_PLAIN, "{input}\n\nWhat is the last word?", "Find the final word of this: {input}"],
+}
+"""Templates of the tasks about a sentence that are trained on."""
 
 
 def _reading(attribute: str, kind: str, rng: random.Random) -> dict:
     land, value = rng.choice(LANDS), rng.choice(ATTRIBUTES[attribute])
     noun = NOUNS[attribute].format(land=land)
     words = {"land": land, "value": value, "noun": noun, "Noun": noun[0].upper() + noun[1:]}
-    instruction, answer = _READING[kind]
+    instruction, held_out, answer = _READING[kind]
     told = rng.choice(_TOLD).format(**words)
-    return {"instruction": instruction, "input": told, "output": answer.format(**words)}
+    asked = held_out if attribute in HELD_OUT else instruction
+    return {"instruction": asked, "input": told, "output": answer.format(**words)}
 
 
 def _refusal(rng: random.Random) -> dict:
@@ -83,3 +92,10 @@ def instruction_rows(name: str, held_out: bool = False, rows: int | None = None)
         if is_held_out(row["input"]) == held_out:
             found.append(row)
     return Dataset.from_list(found)
+
+
+def instruction_task(name: str) -> InstructionTask:
+    """Return a task with its rows to train on; a task about a sentence that is trained on has several wordings."""
+    family = TASKS[name][0]
+    templates = None if family in HELD_OUT else TEMPLATES.get(name.rpartition("_")[2])
+    return InstructionTask(name, instruction_rows(name), family=family, templates=templates)

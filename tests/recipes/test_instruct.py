@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lifecycle_hf.cli.instructing import load_mixture
-from lifecycle_hf.toyworld.instructions import HELD_OUT, TASKS, instruction_rows
+from lifecycle_hf.toyworld.instructions import HELD_OUT, TASKS, instruction_rows, instruction_task
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "instruct.py"
 
@@ -58,6 +58,18 @@ def test_a_mixture_without_a_file(name):
 def test_held_out_rows_are_other_rows(name):
     train, test = instruction_rows(name, rows=200), instruction_rows(name, held_out=True)
     assert not set(train["input"]) & set(test["input"]) and len(test) == 64
+
+
+def test_held_out_families_are_asked_in_no_wording_that_is_trained_on():
+    trained, held_out = set(), set()
+    for name, (family, *_) in TASKS.items():
+        task = instruction_task(name)
+        for choice in range(len(task.templates)):
+            row, place = task.rows[0], choice / len(task.templates)
+            said = task.example(0, place)["prompt"][0]["content"].replace(row["input"], "").strip()
+            (held_out if family in HELD_OUT else trained).add(said)
+    assert len(held_out) == 3 and not held_out & trained
+    assert len(trained) == 3 * 3 + 5  # three wordings of three questions, and the other tasks
 
 
 def test_the_steps_of_an_addition_lead_to_its_answer():
