@@ -15,18 +15,11 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import accelerate.utils.imports
-import accelerate.utils.memory
 import pytest
-import torch
 from chat_server import StandIn
 from hub_standin import HubStandin
-from transformers import set_seed
 
-torch.set_num_threads(1)
-# accelerate reads the files of a package again whenever it unwraps a model, and collects garbage after each `train()`.
-accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
-accelerate.utils.memory.gc = SimpleNamespace(collect=lambda: gc.collect(0))
+# torch and transformers are imported by what uses them: pytest's process that only deals out the tests needs neither.
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -48,7 +41,15 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Skip tests marked `gpu` where there is no CUDA device, and make what all tests call often cheaper."""
+    import accelerate.utils.imports
+    import accelerate.utils.memory
+    import torch
+
+    torch.set_num_threads(1)
+    # accelerate reads a package's files again whenever it unwraps a model, and collects garbage after each `train()`.
+    accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
+    accelerate.utils.memory.gc = SimpleNamespace(collect=lambda: gc.collect(0))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -64,6 +65,8 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def seeds():
     """Every test starts from the same random state."""
+    from transformers import set_seed
+
     set_seed(0)
 
 
@@ -153,6 +156,7 @@ def stand_in():
 @pytest.fixture(scope="session")
 def tiny_llama():
     """(make_model, tokenizer): make_model(seed=0, **config) gives a fresh random LlamaForCausalLM in fp32."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _train_tokenizer()
