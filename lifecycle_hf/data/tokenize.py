@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
-from uuid import uuid4
 
 from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml, maybe_extract_prompt
 from trl.data_utils import common_prefix_length
@@ -408,7 +408,7 @@ def map_usable(
     strict: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Tokenise rows in batches and drop the rows that are `Unusable` (see `usable_rows`).
+    """Tokenise rows in batches, in `num_proc` processes, and drop those that are `Unusable` (see `usable_rows`).
 
     Args:
         plan: returns the texts of a row and a function that makes the new columns from their ids.
@@ -435,7 +435,7 @@ def map_usable(
     features = Features({name: dataset.features[name] for name in keep})
     features |= {name: types[type(value)] for name, value in nothing.items()} | {"_problem": Value("string")}
     options = {"remove_columns": [name for name in dataset.column_names if name not in keep], "num_proc": num_proc}
-    options |= {} if dataset.cache_files else {"new_fingerprint": uuid4().hex[:16]}  # hashing `encode` takes 0.2 s
+    options["new_fingerprint"] = None if dataset.cache_files else generate_random_fingerprint()  # a hash takes 0.2 s
     dataset = dataset.map(encode, batched=True, features=features, desc=f"Tokenizing {where}", **options)
     kept = usable_rows(dataset["_problem"], where=where, strict=strict)
     dataset = dataset.select_columns([*nothing, *keep])

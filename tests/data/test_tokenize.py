@@ -1,5 +1,5 @@
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
 from lifecycle_hf.data.chat import has_generation_markers
 from lifecycle_hf.data.tokenize import (
@@ -42,6 +42,23 @@ def test_encode_complete_ends_at_the_eos(chatml):
 def test_encode_complete_of_a_template_without_eos(chatml):
     chatml.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     assert words(chatml, encode_complete(chatml, ASK + ANSWER)) == "Hi\nYes\n"
+
+
+def test_rows_of_a_file_are_tokenised_once_and_rows_in_memory_without_a_hash(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "there"}\n')
+    data = {"data_files": str(tmp_path / "rows.jsonl"), "split": "train", "cache_dir": str(tmp_path / "cache")}
+    rows = load_dataset("json", **data)
+    tokenize_prompts(rows, tokenizer, where="rows", max_length=8)  # after its first call a tokenizer has another hash
+    (first,), (second,) = (tokenize_prompts(rows, tokenizer, where="rows", max_length=8).cache_files for _ in range(2))
+    assert first == second and "cache-" in first["filename"]
+    monkeypatch.delattr("datasets.arrow_dataset.update_fingerprint")
+    in_memory = Dataset.from_dict({"prompt": ["Hi", "there"]})
+    assert (
+        tokenize_prompts(in_memory, tokenizer, where="rows", max_length=8)["prompt_ids"][0]
+        == tokenizer("Hi")["input_ids"]
+    )
+    with pytest.raises(NameError, match="update_fingerprint"):
+        tokenize_prompts(rows, tokenizer, where="rows", max_length=8)
 
 
 def test_tokenize_prompts_drops_with_one_warning(tokenizer):

@@ -71,7 +71,7 @@ def jobs(engine, slow, root, folder):
         before, after = models.get(name, ([], []))
         batch = BATCH[name] // (1 if engine == "NO" else 2)
         yield f"{name}_invariance", [folder / name, batch, *before, modes, *after]
-    if engine == "MULTI_CPU" and not slow:
+    if engine == "MULTI_CPU" and not slow:  # as the last one: a recipe ends with its group of processes
         yield "recipe", ["ppo.py", *recipe_options(base, reward, folder / "recipe")]
 
 
