@@ -39,7 +39,7 @@ class ConstitutionArguments:
     rows: int = field(default=512, metadata={"help": "Prompts whose answers are revised, and as many for the pairs."})
     rounds: int = field(default=1, metadata={"help": "Critiques and revisions of each answer."})
     max_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer, a critique or a revision."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
     batch_size: int = field(default=8, metadata={"help": "Chats that a local model answers together."})
     server_url: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server that criticises, revises and judges, up to /v1."}

@@ -142,8 +142,9 @@ def label(
     """Label pairs of answers as preference data, by a judge that is asked by a principle drawn for each pair.
 
     A judge that is asked for letters is asked in both orders, and its probabilities are averaged
-    ([`BothOrders`][lifecycle_hf.completions.judges.BothOrders]). Two equal answers and a probability of exactly 1/2
-    make no pair and are counted. Labels are kept in `output_dir/labelled.jsonl` as they come.
+    ([`BothOrders`][lifecycle_hf.completions.judges.BothOrders]). An answer that was cut off ([`Cut`][lifecycle_hf.
+    synthesis.Cut]), two equal answers and a probability of exactly 1/2 make no pair and are counted. Labels are kept
+    in `output_dir/labelled.jsonl` as they come.
 
     Args:
         dataset: prompts, chat or plain.
@@ -166,7 +167,7 @@ def label(
     rows = read_samples(folder / "labelled.jsonl")
     for start in tqdm(range(len(rows), len(pairs), batch_size), desc="Label pairs", unit="batch"):
         part = range(start, min(start + batch_size, len(pairs)))
-        drawn = {i: draw_principles(principles, 1, seed, i)[0] for i in part if len(set(pairs[i])) == 2}
+        drawn = {i: draw_principles(principles, 1, seed, i)[0] for i in part if _fault(pairs[i]) is None}
         known = dict.fromkeys(part, 0.5)
         for principle in principles:
             own = [i for i, mine in drawn.items() if mine is principle]
@@ -179,11 +180,18 @@ def label(
     for row in rows:
         i, p = row["index"], row["probability"]
         if p == 0.5:
-            dropped["equal answers" if len(set(pairs[i])) < 2 else "tie"] += 1
+            dropped[_fault(pairs[i]) or "tie"] += 1
             continue
         chosen, rejected = (_answer_of(prompts[i], text) for text in (pairs[i] if p > 0.5 else pairs[i][::-1]))
         found.append({"prompt": prompts[i], "chosen": chosen, "rejected": rejected, "probability": max(p, 1 - p)})
     return Dataset.from_list(found), dropped
+
+
+def _fault(pair: tuple[str, str]) -> str | None:
+    """Return why two answers are no pair whatever the judge says, or None."""
+    if any(isinstance(text, Cut) for text in pair):
+        return "answer cut off"
+    return "equal answers" if pair[0] == pair[1] else None
 
 
 def by_principle(judge: Judge, principle: Principle) -> Judge:

@@ -103,6 +103,13 @@ def test_labels_are_asked_in_both_orders_by_a_principle(tmp_path):
     assert Counter(q.split("more ")[1].split("?\n")[0] for q in judge.questions) == Counter(qualities * 2)
 
 
+def test_an_answer_that_was_cut_off_makes_no_pair(tmp_path):
+    judge = Letters()
+    pairs = [(Cut("a"), "bb"), ("ccc", Cut("d")), (Cut("same"), "same"), *PAIRS[3:]]
+    rows, dropped = label(judge, PROMPTS, pairs, PRINCIPLES, output_dir=tmp_path)
+    assert rows["chosen"] == ["ff", "gggg"] and dropped == {"answer cut off": 3} and len(judge.questions) == 4
+
+
 def test_a_judge_that_always_says_the_same_letter_makes_no_pair(tmp_path):
     rows, dropped = label(Letters(always=0.97), PROMPTS, PAIRS, PRINCIPLES, output_dir=tmp_path)
     assert len(rows) == 0 and dropped == {"tie": 4, "equal answers": 1}
