@@ -170,7 +170,7 @@ def course(run: Run) -> np.ndarray:
 
 def ensemble(args, folder: Path) -> None:
     config = {"config": str(ROOT / "recipes" / "configs" / "ppo_toyworld_overoptimized.yaml"), "measure_updates": 3}
-    steps = {"max_steps": PAIRS_SEEN // 32, "measure_rows": 8}
+    steps = {"max_steps": PAIRS_SEEN // 32}
     members = {
         s: [Run("reward", steps | {"seed": 100 * s + k}, folder / "members" / f"seed_{s}_{k}") for k in range(MEMBERS)]
         for s in args.seeds

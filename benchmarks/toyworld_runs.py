@@ -78,6 +78,8 @@ def train(run: Run) -> None:
             contextlib.redirect_stderr(log),
         ):
             runpy.run_path(str(ROOT / run.command[0]), run_name="__main__")
+    except SystemExit as error:  # which would end a process of a pool, and the pool would wait for ever
+        raise RuntimeError(f"{' '.join(run.command)} stopped; {run.folder / 'log.txt'} tells why.") from error
     finally:
         sys.argv = argv
 
