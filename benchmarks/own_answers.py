@@ -94,7 +94,7 @@ def kl(run: Run) -> float:
         from lifecycle_hf import toyworld
 
         (model, tokenizer), (sft, _) = loaded(run.folder), loaded(toyworld.stage_checkpoint("sft"))
-        asked = tokenizer.apply_chat_template(prompts()["prompt"], add_generation_prompt=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(list(prompts()["prompt"]), add_generation_prompt=True)["input_ids"]
         answers = sampled(model, tokenizer, asked)
         ratios = logps(model, tokenizer, asked, answers) - logps(sft, tokenizer, asked, answers)
         return {"kl": ratios.mean().item()}
@@ -155,7 +155,7 @@ def build_ensemble(members: list[Path], folder: Path) -> None:
     if (folder / "ensemble.json").exists():
         return
     model, tokenizer = loaded(toyworld.stage_checkpoint("sft"))
-    rows = prompts(start=1)["prompt"]
+    rows = list(prompts(start=1)["prompt"])
     asked = tokenizer.apply_chat_template(rows, add_generation_prompt=True)["input_ids"]
     texts = tokenizer.batch_decode(sampled(model, tokenizer, asked), skip_special_tokens=True)
     ensemble = RewardEnsemble([str(member) for member in members], reduction="min")
