@@ -12,6 +12,7 @@ from torch.utils.data import Dataset as MapDataset
 from lifecycle_hf.data.packing import Epoch
 from lifecycle_hf.data.permutation import permuted, random_integers, uniform
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 _DOMAIN, _ROW = range(2)  # what a random number is for
 
 
@@ -80,9 +81,10 @@ def shares_of(weights: Mapping[str, float] | str | Path, names: Sequence[str], w
 class DomainRows(Epoch, MapDataset):
     """Draw each row's domain by `shares`, then the next row of a permutation of the domain's rows.
 
-    An epoch has as many rows as all domains together. Each pass over a domain has another permutation, so that no row
-    comes again before all others of its domain. A row is a function of (seed, epoch, index) alone; it has the number
-    of its domain as "domain".
+    Row i is of the domain whose interval of [0, 1) holds the fractional part of u + i·(√5 − 1) / 2, so that any
+    window of rows has nearly these shares. An epoch has as many rows as all domains together. Each pass over a domain
+    has another permutation, so that no row comes again before all others of its domain. A row is a function of (seed,
+    epoch, index) alone; it has the number of its domain as "domain".
 
     Args:
         parts: the rows of each domain by its name.
@@ -95,8 +97,8 @@ class DomainRows(Epoch, MapDataset):
         self._sizes = np.array([len(part) for part in self._parts])
         ends = np.cumsum(shares)
         ends[np.flatnonzero(shares)[-1] :] = 1
-        draws = uniform(seed, _DOMAIN, np.arange(self._sizes.sum()))
-        self.domains = np.searchsorted(ends, draws, side="right")
+        places = (uniform(seed, _DOMAIN) + GOLDEN_RATIO * np.arange(self._sizes.sum())) % 1
+        self.domains = np.searchsorted(ends, places, side="right")
         self._counts = np.bincount(self.domains, minlength=len(self.names))
         self._turns = np.empty_like(self.domains)
         starts = np.repeat(np.cumsum(self._counts) - self._counts, self._counts)

@@ -150,7 +150,8 @@ class DoReMiTrainer(PretrainingTrainer):
             raise ValueError(f"domain_weights: {names[start.argmin()]!r} has the weight 0 and would never be drawn.")
         if ref_model is model and not isinstance(model, str):
             raise ValueError("ref_model is the model that trains, and would be frozen with it: load it twice.")
-        args = own_copy(args, domain_weights=dict(zip(names, start.tolist())))
+        in_order = {"train_sampling_strategy": "sequential"}  # of the rows, which are drawn at random
+        args = own_copy(args, domain_weights=dict(zip(names, start.tolist())), **in_order)
         super().__init__(model, args, train_dataset, processing_class=processing_class, **kwargs)
         ref_model = load_pretraining_model(ref_model, masked=False, args=args)
         if is_sharded(ref_model):
