@@ -139,6 +139,8 @@ class DoReMiTrainer(PretrainingTrainer):
         **kwargs,
     ):
         args = DoReMiConfig("output/doremi") if args is None else args
+        if "eval_dataset" in kwargs:
+            self.prepared(kwargs["eval_dataset"], "eval_dataset")
         if isinstance(train_dataset, Mapping):
             train_dataset = join_domains(train_dataset)
         names = list(split_domains(train_dataset, "train_dataset"))
