@@ -143,12 +143,16 @@ def test_the_weight_of_the_learnable_domain_rises(tmp_path, seed):
         QUIET | CONSTANT | {"learning_rate": 1e-2, "per_device_train_batch_size": 9, "seed": seed, "max_length": 48}
     )
     given = PretrainingConfig(
-        str(tmp_path / "reference"), **options, max_steps=120, domain_weights=dict.fromkeys(NAMES, 1)
+        str(tmp_path / "reference"), **options, max_steps=100, domain_weights=dict.fromkeys(NAMES, 1)
     )
-    reference = PretrainingTrainer(new_model(given, tokenizer, **SIZES), given, data, processing_class=tokenizer)
+    reference = PretrainingTrainer(
+        new_model(given, tokenizer, **SIZES | {"num_hidden_layers": 1}), given, data, processing_class=tokenizer
+    )
     reference.train()
     args = DoReMiConfig(str(tmp_path), **options, max_steps=60, weight_step_size=0.1)
-    run = DoReMiTrainer(new_model(args, tokenizer, **SIZES), reference.model, args, data, tokenizer)
+    run = DoReMiTrainer(
+        new_model(args, tokenizer, **SIZES | {"num_hidden_layers": 1}), reference.model, args, data, tokenizer
+    )
     run.train()
     print(run.weights)
     for found in (run.weights, dict(zip(NAMES, weights_logged(run)[-1]))):
