@@ -32,6 +32,7 @@ _HOMES = {
     "trainers.preference.kto": "KTOTrainer",
     "trainers.preference.online": "OnlineDPOConfig OnlineDPOTrainer SPINConfig SPINTrainer",
     "trainers.preference.paired": "DPOConfig DPOTrainer IPOConfig IPOTrainer ORPOConfig ORPOTrainer PreferenceTrainer",
+    "trainers.supervised.doremi": "DoReMiConfig DoReMiTrainer",
     "trainers.supervised.pretraining": "PretrainingConfig PretrainingTrainer",
     "trainers.supervised.reward": "RewardConfig RewardTrainer",
     "trainers.supervised.sft": "SFTConfig SFTTrainer",

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from lifecycle_hf.data.chat import require_chat_template
+from lifecycle_hf.data.domains import shares_of
 from lifecycle_hf.data.instruction_tasks import InstructionTask
 from lifecycle_hf.data.permutation import permuted, random_integers, uniform
 from lifecycle_hf.data.templates import build
@@ -65,7 +66,8 @@ class InstructionMixture:
         temperature: τ of `mixing_rates`.
         cap: M of `mixing_rates`, the most rows of a task that count for its share; None for no cap.
         max_rows: the most rows of a task that are used, a random choice that is the same in each pass; None for all.
-        weights: {name of a task: weight}, for shares in proportion to weights instead of by size.
+        weights: {name of a task: weight}, for shares in proportion to weights instead of by size; or a YAML file with
+            this mapping as `weights`, as [`DoReMiTrainer`] writes it.
         cot_ratio: the probability of a chain of thought where a row has one. None chooses it so that 5 % of all
             examples have a chain, or all that can if these are fewer.
         cot_cue: line after the prompt where a chain of thought is shown, so that the model can tell when to write one.
@@ -86,7 +88,7 @@ class InstructionMixture:
     temperature: float = 1.0
     cap: int | None = 3_000
     max_rows: int | None = 30_000
-    weights: Mapping[str, float] | None = None
+    weights: Mapping[str, float] | str | Path | None = None
     cot_ratio: float | None = None
     cot_cue: str = "Let's think step by step."
     system_prompt: str | None = None
@@ -139,6 +141,8 @@ class InstructionMixture:
             given = {name: entry[name] for name in ("rows", "templates") if isinstance(entry.get(name), str)}
             entry |= {name: str(path.parent / file) for name, file in given.items() if (path.parent / file).exists()}
             entry.setdefault("name", Path(given.get("rows", "")).name.partition(".")[0])
+        if isinstance(read.get("weights"), str):
+            read["weights"] = path.parent / read["weights"]
         tasks = [build(InstructionTask, entry, f"{path}: task {entry['name']!r}") for entry in read["tasks"]]
         return build(cls, read | {"tasks": tasks} | options, str(path))
 
@@ -271,17 +275,13 @@ def _report_dropped(task: InstructionTask, strict: bool) -> None:
         warnings.warn(f"{told}. {left}{mends}", UserWarning, stacklevel=4)
 
 
-def _rates_of(weights: Mapping[str, float], tasks: Sequence[InstructionTask]) -> np.ndarray:
+def _rates_of(weights: Mapping[str, float] | str | Path, tasks: Sequence[InstructionTask]) -> np.ndarray:
     """Return the shares of tasks in proportion to their weights.
 
     Raises:
         ValueError: the weights do not name the tasks, one is negative, all are 0, or one is of a task without rows.
     """
-    if odd := sorted({task.name for task in tasks} ^ set(weights)):
-        raise ValueError(f"weights: each task needs one; only in weights or only in tasks: {', '.join(odd)}.")
-    rates = np.array([float(weights[task.name]) for task in tasks])
-    if not (rates >= 0).all() or not 0 < rates.sum() < np.inf:
-        raise ValueError(f"weights={dict(weights)}: none may be negative, and their sum must be positive and finite.")
+    rates = shares_of(weights, [task.name for task in tasks], "weights: each task")
     if useless := [task.name for task, rate in zip(tasks, rates) if rate and not len(task)]:
         raise ValueError(f"weights: {', '.join(useless)} has no usable row. Set its weight to 0.")
-    return rates / rates.sum()
+    return rates

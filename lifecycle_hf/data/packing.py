@@ -127,7 +127,7 @@ def _check_corpus(tokens: int, least: int, where: str) -> None:
         )
 
 
-class _Epoch:
+class Epoch:
     """Hold the epoch number in shared memory, so that persistent DataLoader workers see when it changes."""
 
     def __init__(self):
@@ -146,7 +146,7 @@ class _Epoch:
         return int(self._epoch)
 
 
-class RowDataset(_Epoch, MapDataset):
+class RowDataset(Epoch, MapDataset):
     """Cut a stream to the rows of `plan`. The noise of each row depends on (seed, epoch, index) alone.
 
     The kinds of rows are drawn once from `seed`, so the number of rows is the same in each epoch. In each epoch the
@@ -187,7 +187,7 @@ class RowDataset(_Epoch, MapDataset):
         return self.plan.row(kind, ids, example_rng(self.seed, epoch, index))
 
 
-class RowStream(_Epoch, IterableDataset):
+class RowStream(Epoch, IterableDataset):
     """Cut streamed documents to the rows of `plan`. Kind and noise of a row depend on (seed, epoch, index) alone.
 
     `documents` is a streamed dataset with a column "input_ids", or an iterable of lists of ids. It is read again in

@@ -63,7 +63,8 @@ def _points(history, metric):
 
 
 def _draw_panel(axes, name, lines):
-    for colour, (label, points) in zip(COLOURS, lines.items()):
+    colours = COLOURS if len(lines) <= len(COLOURS) else [f"C{i}" for i in range(len(lines))]
+    for colour, (label, points) in zip(colours, lines.items()):
         steps, values = zip(*points)
         sparse = len(points) <= 12
         axes.plot(

@@ -1,5 +1,6 @@
 """Losses as pure functions: tensors in, one number per example (or per token) out. They need only torch."""
 
+from lifecycle_hf.objectives.domains import domain_sums, doremi_weights, excess_loss
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.objectives.policy import (
     aggregate_tokens,
@@ -24,7 +25,10 @@ __all__ = [
     "causal_lm_loss",
     "class_balance",
     "discounted_returns",
+    "domain_sums",
+    "doremi_weights",
     "dpo_loss",
+    "excess_loss",
     "generalized_advantage_estimate",
     "group_advantages",
     "group_deviations",

@@ -7,6 +7,7 @@ holds data and a gold judge only: every trainer uses it through the same public 
 from lifecycle_hf.data.loading import SOURCES
 from lifecycle_hf.evaluation.checkpoints import WORLDS, World
 from lifecycle_hf.toyworld.data import dataset
+from lifecycle_hf.toyworld.domains import planted_domains
 from lifecycle_hf.toyworld.evaluation import HIGHER_IS_BETTER, measure, questions
 from lifecycle_hf.toyworld.gold import gold_reward
 from lifecycle_hf.toyworld.model import build_model, build_tokenizer
@@ -19,11 +20,13 @@ __all__ = [
     "dataset",
     "gold_reward",
     "measure",
+    "planted_domains",
     "questions",
     "stage_checkpoint",
 ]
 
 SOURCES["toyworld"] = dataset
+SOURCES["planted_domains"] = lambda stage: {"train": planted_domains()}
 WORLDS["toyworld"] = World(
     measure, questions, {"perplexity": False} | HIGHER_IS_BETTER, alignment=("gold_reward", "refusal_rate")
 )

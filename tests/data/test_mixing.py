@@ -254,7 +254,7 @@ def test_files_that_are_refused(tmp_path, text, problem):
         ({"weights": {"t0": 0, "t1": 0}}, "their sum must be positive"),
         ({"weights": {"t0": -1, "t1": 2}}, "none may be negative"),
         ({"weights": {"t0": float("nan"), "t1": 2}}, "none may be negative"),
-        ({"weights": {"t0": 1, "t2": 2}}, "only in weights or only in tasks: t1, t2"),
+        ({"weights": {"t0": 1, "t2": 2}}, "weights: each task needs a weight.*missing: t1; unknown: t2"),
         ({"cot_ratio": 1.5}, "cot_ratio=1.5 must lie between 0 and 1"),
         ({"cot_ratio": 0.5}, "some rows must have a chain of thought; 0% of the draws"),
         ({"held_out": ["sums"]}, r"held_out=\['sums'\] must be a list of families; the tasks have \[\]"),

@@ -17,7 +17,7 @@ BATCH = {"ppo": 8, "preference": 4, "pretraining": 8, "projection": 8}
 WHOLE = {
     "ppo": "full,lora,head,grpo,resume",
     "preference": "dpo,dpo_cached,dpo_lora,kto,orpo,online",
-    "pretraining": "causal,ul2,ewc",
+    "pretraining": "causal,ul2,ewc,doremi",
     "projection": "gradient,update",
 }
 QUICK = {

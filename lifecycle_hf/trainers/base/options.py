@@ -21,7 +21,7 @@ LIMITS = (
     ),
     (
         ("temperature", "kl_target", "kl_horizon", "kl_coef_max", "kl_budget", "reward_clip", "reward_timeout",
-         "max_kl", "vllm_server_timeout", "beta", "desirable_weight", "undesirable_weight"),
+         "max_kl", "vllm_server_timeout", "beta", "desirable_weight", "undesirable_weight", "weight_step_size"),
         lambda value: 0 < value < math.inf, "must be above 0",
     ),
     (
@@ -31,7 +31,7 @@ LIMITS = (
         lambda value: 0 <= value < math.inf, "must not be negative, nor infinite",
     ),
     (("reward_retries",), lambda n: isinstance(n, int) and n >= 0, "must be a whole number, and not negative"),
-    (("gamma", "lam"), lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    (("gamma", "lam", "weight_smoothing"), lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
     (("label_smoothing",), lambda value: 0 <= value < 0.5, "must lie in [0, 0.5): it is a share of flips"),
     (
         ("reward_weights",),

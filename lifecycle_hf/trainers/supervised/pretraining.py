@@ -16,12 +16,14 @@ from lifecycle_hf.completions.scoring import has_prefix
 from lifecycle_hf.data.collators import length_mask, pad_sequences
 from lifecycle_hf.data.corpora import encode_corpus
 from lifecycle_hf.data.denoising import IGNORED, PREFIX_LM, SPAN_CORRUPTION, UL2_DENOISERS, sentinels_needed
+from lifecycle_hf.data.domains import DomainRows, shares_of, split_domains
 from lifecycle_hf.data.packing import PackedDataset, RowDataset, RowStream, TokenStream
 from lifecycle_hf.data.rows import CausalRows, DenoisedRows, MaskedRows, RowPlan
 from lifecycle_hf.data.special_tokens import add_denoising_tokens
 from lifecycle_hf.models.adapters.embeddings import embedding_rows
 from lifecycle_hf.models.lifecycle import LifecycleConfig, LifecycleForCausalLM, LifecycleForMaskedLM
 from lifecycle_hf.models.loading import ensure_pad_token, load_pretraining_model
+from lifecycle_hf.objectives.domains import domain_sums
 from lifecycle_hf.objectives.language import causal_lm_loss, masked_lm_loss
 from lifecycle_hf.trainers.base.metrics import StepClock
 from lifecycle_hf.trainers.base.mitigations import mitigations_in_force, protect
@@ -50,6 +52,10 @@ class PretrainingConfig(TrainerConfig):
     target_length: int | None = option(None, "Encoder-decoder models: tokens of a target; max_length by default.")
     across_documents: bool = option(True, "Let tokens of a causal row attend to the documents before their own.")
     dataset_text_field: str = option("text", "Column of the text.")
+    domain_weights: dict | str | None = option(
+        None,
+        "Draw training rows from the domains (column `domain`) by these weights: a YAML file of DoReMi, or a dict.",
+    )
     model_init_kwargs: dict | str | None = option(None, "Options of from_pretrained if the model is given by name.")
     eos_token: str | None = option(None, "Token between documents; the tokenizer's EOS token by default.")
     learning_rate: float = option(6e-4, "Peak learning rate.")
@@ -100,6 +106,8 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         model: a name or path, or a model. Its embeddings grow to the size of the tokenizer.
         args: [`PretrainingConfig`].
         train_dataset, eval_dataset: a column of text (`dataset_text_field`) or "input_ids", in memory or streamed.
+            With `domain_weights` the training data are in memory and have a column "domain". A row then holds text of
+            one domain, and an epoch has as many rows as the domains together.
         processing_class: tokenizer; sentinels, mode tokens and a mask token are added if the objective needs them.
         ptx_dataset: texts that [`MitigationOptions`] protect if a model is pretrained further by causal LM.
         kwargs: callbacks, optimizers and others, as in `transformers.Trainer`.
@@ -146,7 +154,7 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         self.pad_token_id, self.kinds = ensure_pad_token(tokenizer, model), plan.names
         if embedding_rows(model) < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer))
-        train_rows = make_rows(train_dataset, plan, tokenizer, args, "train_dataset")
+        train_rows = make_rows(train_dataset, plan, tokenizer, args, "train_dataset", args.domain_weights)
         eval_rows = None if eval_dataset is None else make_rows(eval_dataset, plan, tokenizer, args, "eval_dataset")
         super().__init__(model, args, self.collate, train_rows, eval_rows, tokenizer, **kwargs)
         self._clock = StepClock(args.device)
@@ -192,8 +200,7 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         return batches, self.accelerator.reduce(torch.as_tensor(targets).to(device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, kinds = inputs["labels"], inputs["kinds"]
-        given = {name: x for name, x in inputs.items() if name not in ("labels", "kinds")}
+        labels, kinds, given = inputs["labels"], inputs["kinds"], model_inputs(inputs)
         if self.is_seq2seq:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
         if self._spares_columns:
@@ -205,19 +212,23 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
         nll = (masked_lm_loss if aligned else causal_lm_loss)(outputs.logits, labels)
         targets = (labels if aligned else labels[:, 1:]) != IGNORED
         self._log_kinds(nll.detach(), targets, kinds)
+        nll = self.weigh(nll, inputs)
         total = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # DDP and the other engines average gradients over processes. The loss is a share of a sum, so undo that.
         share = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = self.with_auxiliary(nll.sum() / total * share, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def weigh(self, nll: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the losses of a micro-batch [B, T] as they enter the mean of the step; a subclass may weigh them."""
+        return nll
+
     def _log_kinds(self, nll: torch.Tensor, targets: torch.Tensor, kinds: torch.Tensor) -> None:
         metrics = self.metrics["train" if self.model.training else "eval"]
-        rows = torch.stack([nll.double().sum(1), targets.double().sum(1)], 1)
-        sums = rows.new_zeros(len(self.kinds), 2).index_add_(0, kinds, rows)
+        sums = domain_sums(nll, targets, kinds, len(self.kinds))
         for name, (total, count) in zip(self.kinds, sums, strict=True):
             metrics.add(f"loss/{name}", total, count)
-        metrics.add("nll", *rows.sum(0))
+        metrics.add("nll", *sums.sum(0))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._clock.step(inputs["input_ids"].numel() * self.accelerator.num_processes):
@@ -239,6 +250,11 @@ class PretrainingTrainer(StageTrainerMixin, Trainer):
             parameters = sum(p.numel() for p in self.model.parameters())
             means["mfu"] = 6 * parameters * means["tokens_per_second"] / self.accelerator.num_processes / peak
         return means
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what the model's forward takes of a batch."""
+    return {name: x for name, x in batch.items() if name not in ("labels", "kinds")}
 
 
 def columns_with_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -318,8 +334,19 @@ def row_plan(args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, seq2se
     return DenoisedRows(denoisers, tokens, args.max_length, **options)
 
 
-def make_rows(dataset, plan: RowPlan, tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, where: str):
-    """Return the rows of a corpus: for causal LM the text in order, packed, else rows made by `plan`."""
+def make_rows(
+    dataset, plan: RowPlan, tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, where: str, weights=None
+):
+    """Return the rows of a corpus: for causal LM the text in order, packed, else rows made by `plan`.
+
+    Args:
+        weights: draw rows from the domains by them, see `shares_of`.
+    """
+    if weights is not None:
+        parts = split_domains(dataset, where)
+        shares = shares_of(weights, list(parts), f"domain_weights: each domain of {where}")
+        rows = {k: make_rows(part, plan, tokenizer, args, f"{where}, domain {k!r}") for k, part in parts.items()}
+        return DomainRows(rows, shares, seed=args.seed)
     with args.main_process_first(desc=f"tokenising {where}"):
         documents = encode_corpus(dataset, tokenizer, field=args.dataset_text_field, where=where)
     if isinstance(documents, StreamedDataset):

@@ -1,4 +1,4 @@
-"""Pretraining and the Fisher: two processes with four rows each give what one process with eight gives."""
+"""Pretraining, DoReMi and the Fisher: two processes with four rows each give what one process with eight gives."""
 
 import pytest
 from launching import needs_deepspeed
@@ -9,8 +9,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "names", "slow"),
     [
-        ("MULTI_CPU", ("causal", "ul2", "ewc"), False),
-        pytest.param("ZERO2", ("causal", "ul2", "ewc"), True, marks=[SLOW, needs_deepspeed]),
+        ("MULTI_CPU", ("causal", "ul2", "ewc", "doremi"), False),
+        pytest.param("ZERO2", ("causal", "ul2", "ewc", "doremi"), True, marks=[SLOW, needs_deepspeed]),
         pytest.param("ZERO3", ("causal", "ul2"), True, marks=[SLOW, needs_deepspeed]),
     ],
 )
@@ -24,4 +24,5 @@ def test_two_processes_of_four_equal_one_of_eight(launched, engine, names, slow)
         for line, other in zip(a["lines"], b["lines"], strict=True):
             assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
         assert b["fisher"] == pytest.approx(a["fisher"], rel=1e-4, abs=1e-9)
+        assert (name == "doremi") == ("weight/topic 0" in a["lines"][0])
         assert (name == "ewc") == (len(a["fisher"]) > 10 and a["lines"][2].get("loss/ewc", 0) > 0)
