@@ -1,10 +1,6 @@
 """A corpus becomes a clean corpus: near duplicates, and the quality of instruction data."""
 
-import os
 from importlib import import_module
-
-# Otherwise datatrove's log of an error repeats the values of all variables, such as whole documents.
-os.environ.setdefault("LOGURU_DIAGNOSE", "NO")
 
 _HOME_OF = dict.fromkeys(("candidate_pairs", "clusters", "signatures"), "minhash")
 _HOME_OF |= dict.fromkeys(("exact_answer", "measure_instructions", "select_instructions"), "instructions")

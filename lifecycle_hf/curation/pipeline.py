@@ -6,12 +6,14 @@ import re
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 
-import multiprocess
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.utils.logging import logger
 from filelock import FileLock, Timeout
@@ -25,7 +27,6 @@ from lifecycle_hf.evaluation.pictures import plot_funnel
 from lifecycle_hf.evaluation.report import json_ready
 from lifecycle_hf.scaling.tables import terminal_table
 
-logger.disable("datatrove.executor.local")  # its counts of tasks, which the progress bar shows
 POLL = 0.5
 """Seconds between looks at the completed tasks."""
 
@@ -157,7 +158,6 @@ def _passes(source, work: Path, blocks, tasks: int, columns, tokenizer, strict) 
 
 def _run(passes: Mapping[str, Pass], work: Path, workers: int, executor: Callable | None) -> None:
     """Run passes in their order; tasks that an earlier start completed are not run again."""
-    multiprocess.get_context("forkserver").set_forkserver_preload(["__main__", __name__])
     for name, (tasks, parts) in passes.items():
         local = {} if executor else {"workers": min(workers, tasks)}
         make = executor or LocalExecutor
@@ -168,23 +168,43 @@ def _run(passes: Mapping[str, Pass], work: Path, workers: int, executor: Callabl
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """Run tasks in local processes that write to their logs alone, and that end when the run is killed."""
+    """Run tasks in local processes that end with a killed run, and that print nothing.
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.owner = os.getpid()
+    A worker that is killed, as by lack of memory, ends the run; datatrove's own executor would wait for it, and leave
+    a process behind when it is killed itself.
+    """
 
-    def _run_for_rank(self, rank, local_rank=0, node_rank=-1):
-        if os.getpid() != self.owner:
-            threading.Thread(target=self._end_with_owner, daemon=True).start()
-        return super()._run_for_rank(rank, 1, node_rank)  # rank 1 logs nothing but errors to the terminal
+    def run(self):
+        """Run the tasks that are not completed."""
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for rank in ranks:
+                self._run_for_rank(rank)
+        elif ranks:
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["__main__", __name__])
+            with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _end_with, (os.getpid(),)) as pool:
+                deque(pool.map(self._run_for_rank, ranks), maxlen=0)
 
-    def _end_with_owner(self):
+    def _run_for_rank(self, rank, local_rank=1, node_rank=-1):
+        logger.disable("datatrove.executor")  # an error is raised, and need not be printed too
+        try:
+            super()._run_for_rank(rank, local_rank, node_rank)
+        finally:
+            logger.enable("datatrove.executor")
+
+
+def _end_with(process: int) -> None:
+    """End this process soon after another one."""
+
+    def watch():
         with suppress(ProcessLookupError):
             while True:
-                os.kill(self.owner, 0)  # only asks whether it is there
+                os.kill(process, 0)  # only asks whether it is there
                 time.sleep(0.1)
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

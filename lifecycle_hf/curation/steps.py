@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -27,16 +26,13 @@ _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 
 
 class Step(PipelineStep):
-    """A step of curation; its copies for other tasks share what it holds, which may be a model."""
+    """A step of curation, which holds no state of a task."""
 
     type = "curation"
 
     @property
     def name(self):
         return type(self).__name__
-
-    def __deepcopy__(self, memo):
-        return copy(self)
 
 
 class ReadInput(Step):

@@ -84,14 +84,16 @@ def test_pages_of_a_crawl(tmp_path, monkeypatch):
 
 def test_trafilatura_takes_the_text_of_a_page(tmp_path):
     pytest.importorskip("trafilatura")
-    page = b"<html><body><nav>Menu</nav><article><p>" + b"A long enough paragraph of text. " * 20 + b"</p></article>"
+    page = b"<html><body><nav>Menu</nav><article><p>" + b"A long enough paragraph of text. " * 20 + b"</p>"
     (tmp_path / "a.warc.gz").write_bytes(warc(("response", page, "text/html")))
     assert texts(tmp_path)[0].startswith("A long enough paragraph") and "Menu" not in texts(tmp_path)[0]
 
 
 def test_faults_are_told_by_file_and_row(tmp_path):
     good = json_lines({"text": "good"})
-    rows = good + b"\xff\xfe\n" + b"{half\n" + b"[1]\n" + b"\n" + json_lines({"body": "x"}, {"text": None}, {"text": " "})
+    rows = (
+        good + b"\xff\xfe\n" + b"{half\n" + b"[1]\n" + b"\n" + json_lines({"body": "x"}, {"text": None}, {"text": " "})
+    )
     (tmp_path / "a.jsonl").write_bytes(rows + b'{"text": "\\ud800"}\n' + good)
     (tmp_path / "b.csv").write_bytes(b"text,url\nGr\xfc\xdfe,x\nok,y\n,z\n")
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
@@ -127,7 +129,9 @@ def test_tasks_read_each_row_once(sizes, tasks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     for i, size in enumerate(sizes):
         (folder / f"{i}.jsonl").write_bytes(json_lines(*({"text": f"{i} {k}"} for k in range(size))))
-    assert sorted(texts(folder, tasks=tasks)) == sorted(f"{i} {k}" for i, size in enumerate(sizes) for k in range(size))
+    assert sorted(texts(folder, tasks=tasks)) == sorted(
+        f"{i} {k}" for i, size in enumerate(sizes) for k in range(size)
+    )
 
 
 def test_text_files_are_spread_over_more_tasks(tmp_path):
