@@ -4,25 +4,25 @@ Two texts are compared by the Jaccard similarity of their shingles, which are th
 letters and digits without case, so a script that writes no spaces between words has too few of them.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from lifecycle_hf.curation.decisions import Decision, Pass
+from lifecycle_hf.curation.hashing import ODD, digest, mixed
 from lifecycle_hf.curation.shards import read_texts, save_array
 from lifecycle_hf.data.json_lines import whole_file
 
 _WORD = re.compile(r"\w+")
-_ODD = 0x9E3779B97F4A7C15
 MOST_PAIRS = 32
 """Documents of a bucket that each one of it is compared with."""
+_BATCH = 64
 _FACTS = np.dtype([("digest", "u8"), ("size", "i8"), ("mark", "u8"), ("shingles", "i8")])
 """Of a document: hash of its shingles, characters, hash of the text, number of shingles."""
-_MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
 
 
 def shingles(text: str, n: int) -> np.ndarray:
@@ -36,20 +36,13 @@ def shingles(text: str, n: int) -> np.ndarray:
     width = min(n, len(hashes))
     runs = hashes[: len(hashes) - width + 1].copy()
     for offset in range(1, width):
-        runs = runs * np.uint64(_ODD) + hashes[offset : len(hashes) - width + 1 + offset]
-    return np.unique(_mixed(runs) >> np.uint64(32))
+        runs = runs * np.uint64(ODD) + hashes[offset : len(hashes) - width + 1 + offset]
+    return np.unique(mixed(runs) >> np.uint64(32))
 
 
 @lru_cache(maxsize=1 << 18)
 def _word_hash(word: str) -> int:
-    return _digest(word.encode("utf-8", "replace"))
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Return the values after splitmix64's last step, in which each bit of a value changes half of all bits."""
-    for shift, factor in _MIX:
-        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return values
+    return digest(word.encode("utf-8", "replace"))
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
@@ -101,7 +94,7 @@ def _band_keys(signatures: np.ndarray, bands: int) -> np.ndarray:
     columns = signatures.astype(np.uint64).reshape(len(signatures), bands, signatures.shape[1] // bands)
     keys = np.zeros((bands, len(signatures)), dtype=np.uint64)
     for row in range(columns.shape[2]):
-        keys = _mixed(keys * np.uint64(_ODD) + columns[:, :, row].T)
+        keys = mixed(keys * np.uint64(ODD) + columns[:, :, row].T)
     return keys
 
 
@@ -130,13 +123,9 @@ def clusters(
     """
     sets = [shingles(text, n) for text in texts]
     keys = _band_keys(_signatures(sets, bands * rows, seed), bands)
-    labels = _labels(np.array([_digest(own) for own in sets], dtype=np.uint64), keys, sets.__getitem__, threshold)
+    labels = _labels(np.array([digest(own) for own in sets], dtype=np.uint64), keys, sets.__getitem__, threshold)
     _, first, own = np.unique(labels, return_index=True, return_inverse=True)
     return first[own]
-
-
-def _digest(content) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _labels(
@@ -175,7 +164,7 @@ class MinHashDedup:
     threshold where other documents link the two.
 
     The passes over shards hold 8 · bands bytes for each document of a shard, or about 150 bytes for each document of
-    the corpus, and the words of one document. `work` gets 4 bytes for each word of the corpus.
+    the corpus, and 64 documents. `work` gets 4 bytes for each word of the corpus.
 
     Args:
         n: words of a shingle.
@@ -199,7 +188,7 @@ class MinHashDedup:
     def __call__(self, texts: Sequence[str]) -> list[Decision]:
         """Return one decision for each text."""
         sets = [shingles(text, self.n) for text in texts]
-        facts = np.array([_facts(text, own) for text, own in zip(texts, sets)], dtype=_FACTS)
+        facts = np.array(list(map(_facts, texts, sets)), dtype=_FACTS)
         return [_decision(*pair) for pair in zip(*self._choose(facts, self._keys(sets), sets.__getitem__))]
 
     def passes(self, shards: Path, work: Path, tasks: int) -> list[Pass]:
@@ -217,11 +206,11 @@ class MinHashDedup:
         """Write what is known of each document of a shard: its facts, its keys, and its shingles."""
         facts, keys, texts = [], [self._keys([])], read_texts(shards, rank)
         with whole_file(work / f"{rank:05d}.shingles") as file:
-            for text in texts:
-                own = shingles(text, self.n)
-                facts.append(_facts(text, own))
-                keys.append(self._keys([own]))
-                file.write(own.astype(np.uint32).tobytes())
+            while batch := list(islice(texts, _BATCH)):
+                sets = [shingles(text, self.n) for text in batch]
+                facts += map(_facts, batch, sets)
+                keys.append(self._keys(sets))
+                file.writelines(own.astype(np.uint32).tobytes() for own in sets)
         save_array(work / f"{rank:05d}.keys.npy", np.hstack(keys))
         save_array(work / f"{rank:05d}.facts.npy", np.array(facts, dtype=_FACTS))
 
@@ -256,7 +245,7 @@ class MinHashDedup:
 
 
 def _facts(text: str, own: np.ndarray) -> tuple[int, int, int, int]:
-    return _digest(own), len(text), _digest(text.encode("utf-8", "surrogatepass")), len(own)
+    return digest(own), len(text), digest(text.encode("utf-8", "surrogatepass")), len(own)
 
 
 def _decision(kept: float, similarity: float) -> Decision:
