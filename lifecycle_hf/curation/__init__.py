@@ -6,6 +6,7 @@ _HOME_OF = dict.fromkeys(("MinHashDedup", "candidate_pairs", "clusters", "signat
 _HOME_OF |= {"SubstringDedup": "substring"}
 _HOME_OF |= dict.fromkeys(("exact_answer", "measure_instructions", "select_instructions"), "instructions")
 _HOME_OF |= {"curate": "pipeline", "funnel_table": "pipeline", "ApplyBlocks": "steps"}
+_HOME_OF |= {"PIIRemover": "pii", "QualityRules": "quality_rules", "UrlFilter": "url_filter"}
 """Public names by the module that has them. They are imported when they are first asked for."""
 __all__ = sorted(_HOME_OF)
 

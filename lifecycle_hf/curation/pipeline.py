@@ -114,7 +114,7 @@ def _check(source, output, blocks, workers, tasks, columns, output_format) -> No
 
 
 def _settings(block) -> dict:
-    """Return the plain settings of a block, long ones as a hash, and of other values the type."""
+    """Return the public attributes of a block: plain values, long ones as a hash, and the type of others."""
 
     def plain(value):
         if isinstance(value, set | frozenset):
@@ -123,9 +123,10 @@ def _settings(block) -> dict:
 
     found = {}
     for name, value in sorted(getattr(block, "__dict__", {}).items()):
+        if name.startswith("_") or name == "name":
+            continue
         text = json.dumps(value, default=plain, sort_keys=True)
         found[name] = json.loads(text) if len(text) < 200 else sha256(text.encode()).hexdigest()
-    found.pop("name", None)
     return found
 
 
@@ -183,8 +184,8 @@ class LocalExecutor(LocalPipelineExecutor):
         elif ranks:
             context = get_context("forkserver")
             context.set_forkserver_preload(["__main__", __name__])
-            with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _end_with, (os.getpid(),)) as pool:
-                deque(pool.map(self._run_for_rank, ranks), maxlen=0)
+            with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _join, (self, os.getpid())) as pool:
+                deque(pool.map(_run_task, ranks), maxlen=0)
 
     def _run_for_rank(self, rank, local_rank=1, node_rank=-1):
         logger.disable("datatrove.executor")  # an error is raised, and need not be printed too
@@ -194,17 +195,26 @@ class LocalExecutor(LocalPipelineExecutor):
             logger.enable("datatrove.executor")
 
 
-def _end_with(process: int) -> None:
-    """End this process soon after another one."""
+_joined: list[LocalExecutor] = []
+"""The executor whose tasks this process runs, as its worker; so blocks load their lists and models once."""
+
+
+def _join(executor: LocalExecutor, owner: int) -> None:
+    """Make this process a worker of an executor, which ends soon after the process `owner`."""
 
     def watch():
         with suppress(ProcessLookupError):
             while True:
-                os.kill(process, 0)  # only asks whether it is there
+                os.kill(owner, 0)  # only asks whether it is there
                 time.sleep(0.1)
         os._exit(1)
 
+    _joined.append(executor)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_task(rank: int) -> None:
+    _joined[0]._run_for_rank(rank)
 
 
 @contextmanager
