@@ -2,8 +2,11 @@
 
 from importlib import import_module
 
-_HOME_OF = dict.fromkeys(("candidate_pairs", "clusters", "signatures"), "minhash")
+_HOME_OF = dict.fromkeys(("MinHashDedup", "candidate_pairs", "clusters", "signatures"), "minhash")
+_HOME_OF |= {"SubstringDedup": "substring"}
 _HOME_OF |= dict.fromkeys(("exact_answer", "measure_instructions", "select_instructions"), "instructions")
+_HOME_OF |= {"curate": "pipeline", "funnel_table": "pipeline", "ApplyBlocks": "steps"}
+_HOME_OF |= {"PIIRemover": "pii", "QualityRules": "quality_rules", "UrlFilter": "url_filter"}
 """Public names by the module that has them. They are imported when they are first asked for."""
 __all__ = sorted(_HOME_OF)
 

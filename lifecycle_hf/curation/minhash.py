@@ -4,16 +4,25 @@ Two texts are compared by the Jaccard similarity of their shingles, which are th
 letters and digits without case, so a script that writes no spaces between words has too few of them.
 """
 
-import hashlib
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from lifecycle_hf.curation.decisions import Decision, Pass
+from lifecycle_hf.curation.hashing import ODD, digest, mixed
+from lifecycle_hf.curation.shards import read_texts, save_array
+from lifecycle_hf.data.json_lines import whole_file
+
 _WORD = re.compile(r"\w+")
-_ODD = 0x9E3779B97F4A7C15
-_MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
+MOST_PAIRS = 32
+"""Documents of a bucket that each one of it is compared with."""
+_BATCH = 64
+_FACTS = np.dtype([("digest", "u8"), ("size", "i8"), ("mark", "u8"), ("shingles", "i8")])
+"""Of a document: hash of its shingles, characters, hash of the text, number of shingles."""
 
 
 def shingles(text: str, n: int) -> np.ndarray:
@@ -27,20 +36,13 @@ def shingles(text: str, n: int) -> np.ndarray:
     width = min(n, len(hashes))
     runs = hashes[: len(hashes) - width + 1].copy()
     for offset in range(1, width):
-        runs = runs * np.uint64(_ODD) + hashes[offset : len(hashes) - width + 1 + offset]
-    return np.unique(_mixed(runs) >> np.uint64(32))
+        runs = runs * np.uint64(ODD) + hashes[offset : len(hashes) - width + 1 + offset]
+    return np.unique(mixed(runs) >> np.uint64(32))
 
 
 @lru_cache(maxsize=1 << 18)
 def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Return the values after splitmix64's last step, in which each bit of a value changes half of all bits."""
-    for shift, factor in _MIX:
-        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return values
+    return digest(word.encode("utf-8", "replace"))
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
@@ -68,7 +70,7 @@ def _signatures(sets: Sequence[np.ndarray], permutations: int, seed: int) -> np.
     return signed
 
 
-def candidate_pairs(signatures: np.ndarray, bands: int, most: int = 32) -> np.ndarray:
+def candidate_pairs(signatures: np.ndarray, bands: int, most: int = MOST_PAIRS) -> np.ndarray:
     """Return the pairs of texts i < j that agree in all r = K / bands columns of one band or more, sorted, [M, 2].
 
     P(candidate) = 1 − (1 − s^r)^bands at Jaccard similarity s. Of more than `most` texts that agree in a band, as
@@ -83,18 +85,27 @@ def candidate_pairs(signatures: np.ndarray, bands: int, most: int = 32) -> np.nd
         raise ValueError(
             f"candidate_pairs: {signatures.shape[1]} permutations are no multiple of {bands=}. Give bands that are."
         )
-    pairs = [np.empty((2, 0), dtype=np.int64)]
-    for band in np.split(signatures.astype(np.uint64), bands, axis=1):
-        key = np.zeros(len(band), dtype=np.uint64)
-        for column in band.T:
-            key = _mixed(key * np.uint64(_ODD) + column)
-        order = np.argsort(key, kind="stable")
-        for step in range(1, most + 1):
-            same = np.flatnonzero(key[order[step:]] == key[order[:-step]])
-            if not len(same):
-                break
-            pairs.append(np.stack([order[same], order[same + step]]))
-    return np.unique(np.hstack(pairs), axis=1).T
+    pairs = [pairs for key in _band_keys(signatures, bands) for pairs in _pairs(key, most)]
+    return np.unique(np.hstack([np.empty((2, 0), dtype=np.int64), *pairs]), axis=1).T
+
+
+def _band_keys(signatures: np.ndarray, bands: int) -> np.ndarray:
+    """Return the hash of each band of columns, [bands, N] of uint64."""
+    columns = signatures.astype(np.uint64).reshape(len(signatures), bands, signatures.shape[1] // bands)
+    keys = np.zeros((bands, len(signatures)), dtype=np.uint64)
+    for row in range(columns.shape[2]):
+        keys = mixed(keys * np.uint64(ODD) + columns[:, :, row].T)
+    return keys
+
+
+def _pairs(key: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Yield the pairs i < j of equal keys, [2, M]; of a bucket each with the next `most` of it."""
+    order = np.argsort(key, kind="stable")
+    for step in range(1, most + 1):
+        same = np.flatnonzero(key[order[step:]] == key[order[:-step]])
+        if not len(same):
+            break
+        yield np.stack([order[same], order[same + step]])
 
 
 def clusters(
@@ -111,19 +122,133 @@ def clusters(
             similarity 0.8 with a chance of 0.92, and one of 0.9 with 0.9996.
     """
     sets = [shingles(text, n) for text in texts]
-    same: dict[bytes, int] = {}
-    parent = [same.setdefault(own.tobytes(), i) for i, own in enumerate(sets)]
+    keys = _band_keys(_signatures(sets, bands * rows, seed), bands)
+    labels = _labels(np.array([digest(own) for own in sets], dtype=np.uint64), keys, sets.__getitem__, threshold)
+    _, first, own = np.unique(labels, return_index=True, return_inverse=True)
+    return first[own]
+
+
+def _labels(
+    digests: np.ndarray, keys: Iterable[np.ndarray], read: Callable[[int], np.ndarray], threshold: float
+) -> np.ndarray:
+    """Return the number of the cluster of each document, [N].
+
+    Args:
+        digests: of the shingles of each document, [N]; documents with equal ones are equal.
+        keys: the key of each document, [N], for one band after the other.
+        read: returns the shingles of a document.
+    """
+    _, first, same = np.unique(digests, return_index=True, return_inverse=True)  # in an order that is not the texts'
+    parent = list(range(len(first)))
 
     def root(i):
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    unique = [same[own] for own in sorted(same)]  # in an order that does not depend on that of the texts
-    signed = _signatures([sets[i] for i in unique], bands * rows, seed)
-    for i, j in candidate_pairs(signed, bands).tolist():
-        i, j = unique[i], unique[j]
-        first, second = sorted((root(i), root(j)))
-        if first != second and jaccard(sets[i], sets[j]) >= threshold:
-            parent[second] = first
-    return np.array([root(i) for i in range(len(sets))], dtype=np.int64)
+    for key in keys:
+        for pairs in _pairs(key[first], MOST_PAIRS):
+            for i, j in pairs.T.tolist():
+                low, high = sorted((root(i), root(j)))
+                if low != high and jaccard(read(first[i]), read(first[j])) >= threshold:
+                    parent[high] = low
+    return np.array([root(i) for i in range(len(first))], dtype=np.int64)[same]
+
+
+class MinHashDedup:
+    """Remove near duplicates: of each cluster of documents, see [`clusters`], the longest text is kept.
+
+    Of equally long texts that with the lowest hash is kept, and of equal texts the first. So the texts that are kept
+    do not depend on the order of the documents. The reason is "near_duplicate"; the scores are "duplicate_of", the
+    number in the corpus of the document that is kept in its place, and their Jaccard "similarity". It can be below the
+    threshold where other documents link the two.
+
+    The passes over shards hold 8 · bands bytes for each document of a shard, or about 150 bytes for each document of
+    the corpus, and 64 documents. `work` gets 4 bytes for each word of the corpus.
+
+    Args:
+        n: words of a shingle.
+        bands, rows: of the signature; a pair of similarity s is found with a chance of 1 − (1 − s^rows)^bands.
+        threshold: lowest Jaccard similarity of two documents that joins their clusters.
+        seed: of the hash functions.
+
+    References: Broder 1997, "On the resemblance and containment of documents"; the defaults of n, bands and rows are
+    those of FineWeb, https://arxiv.org/abs/2406.17557.
+    """
+
+    name = "minhash"
+
+    def __init__(self, *, n: int = 5, bands: int = 14, rows: int = 8, threshold: float = 0.8, seed: int = 0):
+        if min(n, bands, rows) < 1 or not 0 < threshold <= 1:
+            raise ValueError(
+                f"MinHashDedup: {n=}, {bands=} and {rows=} must be at least 1, and {threshold=} above 0 and at most 1."
+            )
+        self.n, self.bands, self.rows, self.threshold, self.seed = n, bands, rows, threshold, seed
+
+    def __call__(self, texts: Sequence[str]) -> list[Decision]:
+        """Return one decision for each text."""
+        sets = [shingles(text, self.n) for text in texts]
+        facts = np.array(list(map(_facts, texts, sets)), dtype=_FACTS)
+        return [_decision(*pair) for pair in zip(*self._choose(facts, self._keys(sets), sets.__getitem__))]
+
+    def passes(self, shards: Path, work: Path, tasks: int) -> list[Pass]:
+        """Return the two passes: signatures of each shard, and clusters, which one task finds."""
+        return [Pass(tasks, [partial(self._sign, shards, work)]), Pass(1, [partial(self._cluster, work, tasks)])]
+
+    def decisions(self, work: Path, rank: int) -> Iterator[Decision]:
+        """Return the decisions about the documents of shard `rank`."""
+        return map(_decision, *np.load(work / f"{rank:05d}.kept.npy"))
+
+    def _keys(self, sets: Sequence[np.ndarray]) -> np.ndarray:
+        return _band_keys(_signatures(sets, self.bands * self.rows, self.seed), self.bands)
+
+    def _sign(self, shards: Path, work: Path, data=None, rank: int = 0, world_size: int = 1) -> None:
+        """Write what is known of each document of a shard: its facts, its keys, and its shingles."""
+        facts, keys, texts = [], [self._keys([])], read_texts(shards, rank)
+        with whole_file(work / f"{rank:05d}.shingles") as file:
+            while batch := list(islice(texts, _BATCH)):
+                sets = [shingles(text, self.n) for text in batch]
+                facts += map(_facts, batch, sets)
+                keys.append(self._keys(sets))
+                file.writelines(own.astype(np.uint32).tobytes() for own in sets)
+        save_array(work / f"{rank:05d}.keys.npy", np.hstack(keys))
+        save_array(work / f"{rank:05d}.facts.npy", np.array(facts, dtype=_FACTS))
+
+    def _cluster(self, work: Path, tasks: int, data=None, rank: int = 0, world_size: int = 1) -> None:
+        """Write for each shard which document stands for each of its documents, and their similarity."""
+        known = [np.load(work / f"{task:05d}.facts.npy") for task in range(tasks)]
+        ends, facts = np.cumsum([len(own) for own in known]), np.concatenate(known)
+        starts = np.concatenate([np.cumsum(own["shingles"]) - own["shingles"] for own in known])
+
+        def read(i):
+            path, count = work / f"{np.searchsorted(ends, i, 'right'):05d}.shingles", facts["shingles"][i]
+            return np.fromfile(path, np.uint32, count, offset=4 * int(starts[i]))
+
+        def keys():
+            for band in range(self.bands):
+                files = [work / f"{task:05d}.keys.npy" for task in range(tasks)]
+                yield np.concatenate([np.load(file, mmap_mode="r")[band] for file in files])
+
+        kept = np.split(self._choose(facts, keys(), read), ends[:-1], axis=1)
+        for task, own in enumerate(kept):
+            save_array(work / f"{task:05d}.kept.npy", own)
+
+    def _choose(self, facts: np.ndarray, keys: Iterable[np.ndarray], read: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return for each document the one that is kept in its place, −1 for itself, and their similarity, [2, N]."""
+        labels = _labels(facts["digest"], keys, read, self.threshold)
+        order = np.lexsort((facts["mark"], -facts["size"], labels))
+        new = np.diff(labels[order], prepend=-1) != 0
+        chosen = np.full((2, len(facts)), -1.0)
+        for i, kept in zip(order[~new].tolist(), order[new][np.cumsum(new) - 1][~new].tolist()):
+            chosen[:, i] = kept, jaccard(read(i), read(kept))
+        return chosen
+
+
+def _facts(text: str, own: np.ndarray) -> tuple[int, int, int, int]:
+    return digest(own), len(text), digest(text.encode("utf-8", "surrogatepass")), len(own)
+
+
+def _decision(kept: float, similarity: float) -> Decision:
+    if kept < 0:
+        return Decision()
+    return Decision("near_duplicate", scores={"duplicate_of": float(kept), "similarity": float(similarity)})

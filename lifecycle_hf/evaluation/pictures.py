@@ -1,4 +1,4 @@
-"""Pictures as PNG: a run's history, reliability diagrams, Pareto fronts, over-optimisation, mixtures of tasks."""
+"""Pictures as PNG: a run's history, reliability, Pareto fronts, over-optimisation, mixtures of tasks, funnels."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from lifecycle_hf.evaluation.calibration import expected_calibration_error, reliability_bins
 from lifecycle_hf.evaluation.pareto import pareto_front
+from lifecycle_hf.scaling.law import short_count
 from lifecycle_hf.scaling.picture import GREY, INK, new_figure, style
 
 PANELS = {
@@ -201,4 +202,26 @@ def plot_mixture(rows: Sequence[dict], path: str | Path, title: str = "Mixture o
     shares.set(title=title, xlabel="share (%)", yticks=places, yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
     epochs.set(xlabel="passes over the task in the run")
     shares.legend()
+    figure.savefig(path)
+
+
+@style()
+def plot_funnel(rows: Sequence[dict], path: str | Path, title: str = "What is left after each step") -> None:
+    """Draw the documents, bytes and tokens after each step of curation, as shares of those of the first.
+
+    Args:
+        rows: {"step", "documents", "bytes", "tokens"} of each step.
+    """
+    figure, places = new_figure(7.2, 1.4 + 0.5 * len(rows)), np.arange(len(rows))
+    axes = figure.subplots()
+    for i, (colour, name) in enumerate(zip(COLOURS, ("documents", "bytes", "tokens"))):
+        shares = [100 * row[name] / max(rows[0][name], 1) for row in rows]
+        label = f"{name} ({short_count(rows[0][name])} → {short_count(rows[-1][name])})"
+        bars = axes.barh(places + 0.27 * (i - 1), shares, 0.25, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+    names = [row["step"] for row in rows]
+    axes.set(title=title, xlabel="share of what was read (%)", yticks=places, yticklabels=names, xlim=(0, 108))
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     figure.savefig(path)
