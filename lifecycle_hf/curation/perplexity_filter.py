@@ -28,7 +28,8 @@ class PerplexityFilter:
         batch_size: windows that are read together.
 
     Raises:
-        ValueError: the quantiles are not 0 ≤ lower < upper ≤ 1, or the model is an object without a tokenizer.
+        ValueError: the quantiles are not 0 ≤ lower < upper ≤ 1, the context is below 2, or the model is an object
+            without a tokenizer.
 
     Reference: CCNet, https://arxiv.org/abs/1911.00359, section 3.5.
     """
@@ -42,6 +43,10 @@ class PerplexityFilter:
     ):  # fmt: skip
         if not 0 <= lower < upper <= 1:
             raise ValueError(f"PerplexityFilter: {lower=} and {upper=} must be quantiles, 0 ≤ lower < upper ≤ 1.")
+        if context is not None and context < 2:
+            raise ValueError(
+                f"PerplexityFilter: {context=} must be at least 2, one token that is given and one predicted."
+            )
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("PerplexityFilter: the model is an object, so give its tokenizer too.")
         self.model, self.tokenizer, self.context, self.batch_size = model, tokenizer, context, batch_size
@@ -80,6 +85,8 @@ class PerplexityFilter:
     def fit(self, texts: Sequence[str], domains: Sequence[str | None] | None = None) -> "PerplexityFilter":
         """Set the thresholds of each domain, and of all together under "", on a sample of documents; return self.
 
+        The model should not have been trained on these documents: it would find them easier than new ones.
+
         Raises:
             ValueError: no document has a token to predict.
         """
@@ -109,7 +116,7 @@ class PerplexityFilter:
                 "PerplexityFilter has no thresholds: call `fit` on a sample, or give those of an earlier fit."
             )
         decisions = []
-        for score, domain in zip(self.scores(texts).tolist(), domains or [None] * len(texts)):
+        for score, domain in zip(self.scores(texts).tolist(), domains or [None] * len(texts), strict=True):
             low, high = self.thresholds.get(domain or "", self.thresholds[""])
             if np.isnan(score):
                 decisions.append(Decision())

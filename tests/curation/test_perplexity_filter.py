@@ -83,6 +83,8 @@ def test_errors(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="must be quantiles, 0 ≤ lower < upper ≤ 1"):
         PerplexityFilter(model, tokenizer, lower=0.9, upper=0.1)
+    with pytest.raises(ValueError, match="context=1 must be at least 2"):
+        PerplexityFilter(model, tokenizer, context=1)
     with pytest.raises(ValueError, match="give its tokenizer"):
         PerplexityFilter(model)
     with pytest.raises(ValueError, match="has no thresholds: call `fit`"):
@@ -97,10 +99,8 @@ def test_read_from_a_path_and_pickled(tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     block = PerplexityFilter(str(tmp_path)).fit(TEXTS)
     assert b"weight" not in pickle.dumps(block)
-    found = pickle.loads(pickle.dumps(block))(TEXTS)
-    assert found == block(TEXTS) and found[0].scores["nll"] == pytest.approx(
-        PerplexityFilter(model, tokenizer).scores(TEXTS)[0]
-    )
+    found, direct = pickle.loads(pickle.dumps(block))(TEXTS), PerplexityFilter(model, tokenizer).scores(TEXTS)
+    assert found == block(TEXTS) and found[0].scores["nll"] == pytest.approx(direct[0])
 
 
 def area(clean, other):
@@ -109,8 +109,8 @@ def area(clean, other):
 
 
 @pytest.mark.slow
-def test_a_trained_model_rejects_shuffled_and_foreign_text(tiny_llama, shared_data):
-    """A model of two layers and 512 tokens, trained for half a minute on seven eighths of Python's documentation."""
+def test_a_trained_model_rejects_shuffled_and_foreign_text(shared_data):
+    """A model of two layers and 512 tokens, trained for some seconds on seven eighths of Python's documentation."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from lifecycle_hf.data.corpora import train_tokenizer
@@ -123,7 +123,7 @@ def test_a_trained_model_rejects_shuffled_and_foreign_text(tiny_llama, shared_da
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2, eos_token_id=0, **rates)
     model, draw = GPT2LMHeadModel(config).train(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
     for step in range(250):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * min(1, (step + 1) / 30, (250 - step) / 100)
         starts = torch.randint(len(ids) - 128, (8,), generator=draw)
@@ -137,9 +137,8 @@ def test_a_trained_model_rejects_shuffled_and_foreign_text(tiny_llama, shared_da
     shuffled = [tokenizer.decode(mixed.sample(row, len(row))) for row in encoded]
     plays = (shared_data / "tinyshakespeare.txt").read_text()
     foreign = [plays[at : at + 600] for at in range(0, 600 * len(clean), 600)]
-    block = PerplexityFilter(model, tokenizer, upper=0.9).fit([text[:600] for text in trained])
+    block = PerplexityFilter(model, tokenizer, upper=0.9).fit(clean[::2])
     scores = [block.scores(texts) for texts in (clean, shuffled, foreign)]
-    print([s.mean() for s in scores], area(scores[0], scores[1]), area(scores[0], scores[2]))
-    assert area(scores[0], scores[2]) >= 0.95 and area(scores[0], scores[1]) >= 0.95
-    assert np.mean([decision.kept for decision in block(clean)]) > 0.7
-    assert not any(decision.kept for decision in block(foreign))
+    assert area(scores[0], scores[1]) >= 0.95 and area(scores[0], scores[2]) >= 0.95
+    kept = [np.mean([decision.kept for decision in block(texts)]) for texts in (clean[1::2], shuffled, foreign)]
+    assert kept[0] >= 0.75 and max(kept[1:]) <= 0.1
