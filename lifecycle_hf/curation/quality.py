@@ -122,7 +122,7 @@ class QualityClassifier:
         model = LogisticRegression(C=10, max_iter=1000).fit(counts[fitted], labels[fitted])
         logits = model.decision_function(counts)
         scale = logits[second].std()
-        platt = LogisticRegression().fit(logits[second, None] / scale, labels[second])
+        platt = LogisticRegression(C=100).fit(logits[second, None] / scale, labels[second])
         slope = platt.coef_[0, 0] / scale
         bias = slope * model.intercept_[0] + platt.intercept_[0]
         scorer = LinearScorer((slope * model.coef_[0]).astype(np.float32), float(bias), ngrams)
