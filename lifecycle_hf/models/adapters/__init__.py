@@ -4,3 +4,5 @@ The import registers the bottleneck adapter with PEFT.
 """
 
 from lifecycle_hf.models.adapters.bottleneck import BottleneckConfig
+
+__all__ = ["BottleneckConfig"]

@@ -80,7 +80,9 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"BottleneckConfig: {given}: give one of {' and '.join(sizes)}, greater than 0.")
         for name, known in (("non_linearity", NON_LINEARITIES), ("placement", PLACEMENTS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"BottleneckConfig: {name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
+                raise ValueError(
+                    f"BottleneckConfig: {name}={getattr(self, name)!r}: choose one of {', '.join(known)}."
+                )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
