@@ -6,6 +6,8 @@ from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+import lifecycle_hf  # noqa: F401  (registers the bottleneck adapter)
+
 NAMES = ("dpo", "dpo_cached", "dpo_lora", "dpo_bottleneck", "kto", "orpo", "online")
 SLOW = pytest.mark.slow
 
