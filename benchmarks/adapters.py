@@ -78,8 +78,8 @@ def build(args, method: str, seed: int, ewc: bool, folder: Path, data) -> SFTTra
     adapter, rate = METHODS[method]
     options = SFTConfig(
         str(folder / "model"), seed=seed, max_steps=args.steps, learning_rate=rate, lr_scheduler_type="cosine",
-        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_length=384, report_to="none",
-        save_strategy="no", logging_steps=10, activation_checkpointing=False, disable_tqdm=True,
+        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_length=384,
+        report_to="none", save_strategy="no", logging_steps=10, activation_checkpointing=False, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), ewc_coef=args.ewc if ewc else 0.0,
         **({"ewc_rows": min(32, len(data[2]))} if ewc else {}),
     )  # fmt: skip
