@@ -45,7 +45,7 @@ def write_model_card(
     """
     output_dir = Path(output_dir)
     adapter, scores = _kind(output_dir)
-    own = adapter and json.loads((output_dir / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK"
+    own = adapter and json.loads((output_dir / "adapter_config.json").read_text()).get("peft_type") == "BOTTLENECK"
     name = model_name or output_dir.name
     data = ModelCardData(
         base_model=base_model if _on_hub(base_model) else None,
