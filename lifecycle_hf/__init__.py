@@ -1,13 +1,13 @@
 """Train language models through their whole life, and measure what alignment costs.
 
-Importing this package registers its models with transformers' Auto classes and with PEFT. The trainers are imported
-when they are first asked for.
+Importing this package registers its models with transformers' Auto classes and with PEFT, and its adapter with PEFT.
+The trainers are imported when they are first asked for.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from lifecycle_hf.models import lifecycle  # noqa: F401  (its import registers the models)
+from lifecycle_hf.models import adapters, lifecycle  # noqa: F401  (their import registers adapter and models)
 
 try:
     __version__ = version("lifecycle_hf")
@@ -18,6 +18,7 @@ _HOMES = {
     "data": "InstructionMixture InstructionTask",
     "evaluation.report": "TaxReport",
     "mitigation.projection": "OrthogonalProjection",
+    "models.adapters": "BottleneckConfig",
     "models.ensemble": "RewardEnsemble",
     "models.lifecycle": "LifecycleConfig LifecycleForCausalLM LifecycleForMaskedLM LifecycleForQuestionAnswering "
     "LifecycleForSequenceClassification LifecycleModel",

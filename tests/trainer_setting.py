@@ -17,6 +17,7 @@ from lifecycle_hf import (
     SFTConfig,
     SFTTrainer,
 )
+from lifecycle_hf.completions.scoring import Completions, completion_logprobs
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1, "lr_scheduler_type": "constant"}
 TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
@@ -55,3 +56,22 @@ MAKE = {
     "kto": lambda *given, **options: preference_trainer(*given, KTOTrainer, dataset=ANSWERS, **options),
     "ppo": lambda *given, **options: ppo_trainer(*given, **options),
 }
+
+SCORED = [[3, 8, 9], [70, 11]], [[5, 70, 20], [6, 3]]
+
+
+def scores(model):
+    """log π of the answers in SCORED, packed: [2, 3]."""
+    with torch.no_grad():
+        return completion_logprobs(model, Completions.from_lists(*SCORED, 0)).logprobs
+
+
+def plain_scores(model):
+    """log π of the answers, one row at a time, from the logits of the model's own forward pass."""
+    rows = []
+    for prompt, answer in zip(*SCORED, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        values = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        rows.append(torch.nn.functional.pad(values, (0, 3 - len(answer))))
+    return torch.stack(rows)

@@ -5,6 +5,7 @@ from lifecycle_hf.cli.arguments import (
     PolicyArguments,
     ProtectedArguments,
     RecipeArguments,
+    adapter_config,
     load_ptx,
     load_splits,
     load_texts,

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from trl import ScriptArguments, get_peft_config, get_quantization_config
 
 from lifecycle_hf import toyworld
 from lifecycle_hf.completions.rewards import find_reward
 from lifecycle_hf.data import loading
+from lifecycle_hf.models.adapters.bottleneck import PLACEMENTS, BottleneckConfig
 
 
 @dataclass
@@ -31,6 +33,17 @@ class RecipeArguments(ScriptArguments):
     merge: bool = field(
         default=False,
         metadata={"help": "Also write the adapter merged into its base model, ready to deploy, to OUTPUT_DIR/merged."},
+    )
+    adapter: str = field(
+        default="lora",
+        metadata={"help": "What use_peft trains: LoRA or bottleneck adapters.", "choices": ("lora", "bottleneck")},
+    )
+    reduction_factor: float = field(
+        default=16, metadata={"help": "Bottleneck adapters: width of the model / width of the bottleneck."}
+    )
+    placement: str = field(
+        default="both",
+        metadata={"help": "Bottleneck adapters: the outputs that they change.", "choices": tuple(PLACEMENTS)},
     )
 
 
@@ -112,6 +125,18 @@ def model_init_kwargs(model_args) -> dict:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
+def adapter_config(script_args, model_args) -> PeftConfig | None:
+    """Return the configuration of the adapter to train, or None: LoRA of a `trl.ModelConfig`, or bottlenecks.
+
+    Bottleneck adapters take `lora_task_type` and `lora_modules_to_save` of the options of LoRA.
+    """
+    lora = get_peft_config(model_args)
+    if lora is None or script_args.adapter == "lora":
+        return lora
+    size = {"reduction_factor": script_args.reduction_factor, "placement": script_args.placement}
+    return BottleneckConfig(task_type=lora.task_type, modules_to_save=lora.modules_to_save, **size)
+
+
 def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
     """Return the arguments of a trainer: the model (`toyworld` is that of the stage `start`), the options, the data of
     `stage`, adapters and quantisation."""
@@ -123,7 +148,7 @@ def trainer_inputs(script_args, args, model_args, stage, start) -> dict:
         "args": args,
         "train_dataset": train,
         "eval_dataset": test,
-        "peft_config": get_peft_config(model_args),
+        "peft_config": adapter_config(script_args, model_args),
         "quantization_config": get_quantization_config(model_args),
     }
 

@@ -5,9 +5,9 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from trl import get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
-from lifecycle_hf.cli.arguments import RecipeArguments, model_init_kwargs, resolve_model
+from lifecycle_hf.cli.arguments import RecipeArguments, adapter_config, model_init_kwargs, resolve_model
 from lifecycle_hf.cli.running import train_and_report
 from lifecycle_hf.data.collators import shuffled
 from lifecycle_hf.data.instruction_tasks import InstructionTask
@@ -61,7 +61,7 @@ def instruct(script_args: InstructArguments, args, model_args) -> None:
     args.model_init_kwargs = model_init_kwargs(model_args) | (args.model_init_kwargs or {})
     trainer = SFTTrainer(
         model, args, mixture.dataset(draws) if args.packing else mixture.stream(draws),
-        peft_config=get_peft_config(model_args), quantization_config=get_quantization_config(model_args),
+        peft_config=adapter_config(script_args, model_args), quantization_config=get_quantization_config(model_args),
     )  # fmt: skip
     if trainer.is_world_process_zero():
         print(mixture_table(report, terminal=True, title="The mixture"))

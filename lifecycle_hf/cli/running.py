@@ -3,13 +3,15 @@
 import math
 from pathlib import Path
 
+from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from trl import get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
 from lifecycle_hf import toyworld
 from lifecycle_hf.cli.arguments import (
+    adapter_config,
     load_ptx,
     load_splits,
     load_texts,
@@ -21,6 +23,7 @@ from lifecycle_hf.data.loading import first_rows
 from lifecycle_hf.evaluation.metrics import perplexity
 from lifecycle_hf.evaluation.pictures import plot_history, plot_overoptimization
 from lifecycle_hf.evaluation.report import write_report
+from lifecycle_hf.models.adapters.limits import can_merge
 from lifecycle_hf.models.loading import merge_adapter
 from lifecycle_hf.trainers.base.callbacks import TaxMonitor
 
@@ -72,7 +75,7 @@ def train_policy(trainer_class, script_args, args, model_args):
         train_dataset=train,
         eval_dataset=first_rows(test, script_args.measure_rows),
         ptx_dataset=texts[0],
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(script_args, model_args),
         quantization_config=get_quantization_config(model_args),
         model_init_kwargs=model_init_kwargs(model_args),
     )
@@ -115,6 +118,7 @@ def train_and_report(trainer, script_args, evaluate=None, title="Alignment tax")
             before and after as "before_after". Without it report.json is the table.
         title: of the table.
     """
+    check_merge(trainer, script_args)
     trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=resume_point(trainer.args))
     measured = evaluate() if evaluate is not None and trainer.eval_dataset is not None else {}
@@ -161,6 +165,18 @@ def finish(trainer, script_args, report):
     if getattr(script_args, "merge", False):
         _merge(trainer, output_dir)
     trainer.end()
+
+
+def check_merge(trainer, script_args):
+    """Check before training that what `--merge` asks for is possible.
+
+    Raises:
+        ValueError: the adapter that trains can't be merged.
+    """
+    model = getattr(trainer.model, "policy", trainer.model)
+    if getattr(script_args, "merge", False) and isinstance(model, PeftModel) and not can_merge(model):
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(f"merge: an adapter of the kind {kind} can't be merged: leave merge out, or train LoRA.")
 
 
 def _merge(trainer, output_dir):

@@ -5,10 +5,17 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from trl import get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
-from lifecycle_hf.cli.arguments import RecipeArguments, load_splits, model_init_kwargs, resolve_model, resolve_reward
-from lifecycle_hf.cli.running import finish, monitor_tax
+from lifecycle_hf.cli.arguments import (
+    RecipeArguments,
+    adapter_config,
+    load_splits,
+    model_init_kwargs,
+    resolve_model,
+    resolve_reward,
+)
+from lifecycle_hf.cli.running import check_merge, finish, monitor_tax
 from lifecycle_hf.completions.best_of_n import SAMPLES, BestOfN, best_of_n, kl_bound
 from lifecycle_hf.data.json_lines import read_samples
 from lifecycle_hf.evaluation.bootstrap import Measurement, bootstrap_interval
@@ -126,8 +133,9 @@ def tune_on_winners(script_args, args, model_args, model: str, found: BestOfN, f
     args = replace(args, output_dir=str(folder))
     trainer = SFTTrainer(
         model, args, winners.select(range(held_out, len(winners))), eval_dataset=winners.select(range(held_out)),
-        peft_config=get_peft_config(model_args), quantization_config=get_quantization_config(model_args),
+        peft_config=adapter_config(script_args, model_args), quantization_config=get_quantization_config(model_args),
     )  # fmt: skip
+    check_merge(trainer, script_args)
     trainer.dataset_name = script_args.dataset_name
     monitor_tax(trainer, script_args, 0, {"loss of held-out winners": ("eval_loss", False)})
     trainer.train()

@@ -66,8 +66,8 @@ class SubstringDedup:
     ):  # fmt: skip
         if length < 1 or on not in ("span", "document") or max_memory < LEAST_MEMORY:
             raise ValueError(
-                f"SubstringDedup: {length=} must be at least 1, {on=} 'span' or 'document', and {max_memory=} at least "
-                f"{LEAST_MEMORY} bytes."
+                f"SubstringDedup: {length=} must be at least 1, {on=} 'span' or 'document', and {max_memory=} at "
+                f"least {LEAST_MEMORY} bytes."
             )
         tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if tokenizer is not None and not tokenizer.is_fast:

@@ -106,6 +106,9 @@ SAID = {
     "do_predict": ("", "--do_predict", "a recipe always trains"),
     "lora_r": ("", "--lora_r 8", "set use_peft"),
     "use_dora": ("use_dora: true", "", "set use_peft"),
+    "adapter": ("", "--adapter bottleneck", "set use_peft"),
+    "lora_alpha": ("use_peft: true\nadapter: bottleneck", "--lora_alpha 8", 'set adapter to "lora"'),
+    "placement": ("use_peft: true", "--placement ffn", 'set adapter to "bottleneck"'),
     "bnb_4bit_quant_type": ("use_peft: true", "--bnb_4bit_quant_type fp4", "set load_in_4bit"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import ModelConfig
 
-from lifecycle_hf import cli
+from lifecycle_hf import BottleneckConfig, cli
 from lifecycle_hf.cli import running
 
 
@@ -38,6 +38,21 @@ def test_default_config_then_command_line(default_config):
     script_args, args, model_args = parse(default_config, "--max_steps", "3", "--use_peft", "--dtype=bfloat16")
     assert (args.learning_rate, args.max_steps, script_args.colour) == (3e-4, 3, "blue")
     assert model_args.use_peft and model_args.dtype == "bfloat16"
+
+
+def test_the_adapter_is_lora_or_bottlenecks(default_config, tmp_path):
+    def chosen(*argv, path=default_config):
+        script_args, _, model_args = parse(path, *argv)
+        return cli.adapter_config(script_args, model_args)
+
+    assert chosen() is None and isinstance(chosen("--use_peft"), LoraConfig)
+    words = ["--use_peft", "--adapter", "bottleneck", "--placement", "ffn", "--lora_modules_to_save", "score"]
+    found = chosen(*words, "--reduction_factor", "4", "--lora_task_type", "SEQ_CLS")
+    assert isinstance(found, BottleneckConfig) and found.task_type == "SEQ_CLS"
+    assert (found.reduction_factor, found.placement, found.modules_to_save) == (4, "ffn", ["score"])
+    lora = tmp_path / "lora.yaml"  # whose options for LoRA the command line takes away
+    lora.write_text(f"output_dir: {tmp_path}\nreport_to: none\nuse_peft: true\nlora_r: 4\n")
+    assert isinstance(chosen("--adapter", "bottleneck", path=lora), BottleneckConfig)
 
 
 @pytest.mark.parametrize("form", ["two words", "one word"])

@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lifecycle_hf import BottleneckConfig
 from lifecycle_hf.completions import scoring
 from lifecycle_hf.completions.scoring import Completions, completion_hidden_states, completion_logprobs
 from lifecycle_hf.models.lm_head import CHUNK_LOGITS, token_logprobs
@@ -273,6 +274,8 @@ def trainable(variant):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    if "bottleneck" in variant:
+        model = get_peft_model(model, BottleneckConfig(reduction_factor=8, init_bottleneck_weights=False))
     return model.train()
 
 
@@ -306,7 +309,7 @@ def same_gradients(got, expected, tolerance=1e-5):
         close(got[name], gradient, atol=tolerance * gradient.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("lora", ["", "lora "])
+@pytest.mark.parametrize("lora", ["", "lora ", "bottleneck "])
 @pytest.mark.parametrize("checkpointing", ["plain", "checkpointed", "checkpointed reentrant"])
 def test_gradients_packed_equal_padded_equal_unpacked(lora, checkpointing):
     model, weights = trainable(lora), torch.randn(3, 4, 7)

@@ -9,7 +9,7 @@ import json
 from datasets import Dataset
 from peft import LoraConfig
 
-from lifecycle_hf import DPOTrainer, KTOTrainer, OnlineDPOTrainer, ORPOTrainer
+from lifecycle_hf import BottleneckConfig, DPOTrainer, KTOTrainer, OnlineDPOTrainer, ORPOTrainer
 from lifecycle_hf.models.lm_head import CHUNK_LOGITS
 from lifecycle_hf.trainers.base import sampler
 
@@ -20,6 +20,7 @@ RUNS = {
     "dpo": (DPOTrainer, None, 2, False),
     "dpo_cached": (DPOTrainer, None, 1, True),
     "dpo_lora": (DPOTrainer, LORA, 1, False),
+    "dpo_bottleneck": (DPOTrainer, BottleneckConfig(init_bottleneck_weights=False), 1, False),
     "kto": (KTOTrainer, None, 2, False),
     "orpo": (ORPOTrainer, None, 1, False),
     "online": (OnlineDPOTrainer, None, 2, False),

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lifecycle_hf.models.loading import load_reward_model
+from lifecycle_hf import BottleneckConfig
+from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
@@ -59,6 +61,20 @@ def test_sft_then_reward(base, data, tmp_path):
     assert load_reward_model(str(tmp_path / "two")).config.reward_center == report["eval_reward_center"]
     for name in ("calibration.png", "calibration.json", "README.md", "model.safetensors"):
         assert (tmp_path / "two" / name).is_file(), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_bottleneck_adapters_train_and_are_not_merged(base, data, tmp_path, stage):
+    out, options = tmp_path / "out", ["--use_peft", "--adapter", "bottleneck", "--reduction_factor", "8"]
+    run(stage, out, data / f"{stage}.jsonl", base, *options)
+    config = PeftConfig.from_pretrained(str(out))
+    assert isinstance(config, BottleneckConfig) and (config.reduction_factor, config.placement) == (8, "both")
+    assert "import lifecycle_hf" in (out / "README.md").read_text()
+    load = load_causal_lm if stage == "sft" else load_reward_model
+    assert load(str(out)) is not None
+    with pytest.raises(ValueError, match="merge: an adapter of the kind BOTTLENECK can't be merged: leave merge out"):
+        run(stage, tmp_path / "merged", data / f"{stage}.jsonl", base, *options, "--merge")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("quantised", [[], ["--load_in_4bit", "true"]], ids=["lora", "qlora"])

@@ -16,14 +16,14 @@ BATCH = {"ppo": 8, "preference": 4, "pretraining": 8, "projection": 8}
 """Rows of a step, over all processes."""
 WHOLE = {
     "ppo": "full,lora,head,grpo,resume",
-    "preference": "dpo,dpo_cached,dpo_lora,kto,orpo,online",
+    "preference": "dpo,dpo_cached,dpo_lora,dpo_bottleneck,kto,orpo,online",
     "pretraining": "causal,ul2,ewc,doremi",
     "projection": "gradient,update",
 }
 QUICK = {
     "NO": WHOLE | {"ppo": "full,lora,head,grpo"},
     "MULTI_CPU": WHOLE | {"ppo": "full,lora,grpo,resume"},
-    "ZERO2": {"preference": "dpo,online"},
+    "ZERO2": {"preference": "dpo,dpo_bottleneck,online"},
     "ZERO3": {"ppo": "full,lora"},
 }
 SLOW = {

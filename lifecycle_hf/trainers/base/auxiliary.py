@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from lifecycle_hf.mitigation.ewc import EWC
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
+from lifecycle_hf.models.adapters.limits import check_virtual_tokens
 from lifecycle_hf.models.loading import is_sharded
 from lifecycle_hf.trainers.base.checkpoints import Stateful
 from lifecycle_hf.trainers.base.metrics import MetricAccumulator
@@ -56,6 +57,8 @@ class AuxiliaryLossMixin:
         self._objective: LagrangeMultiplier | None = None
         self.dual_ascent = DualAscent(self)
         super().__init__(*args, **kwargs)
+        packed = any(getattr(self.args, name, False) for name in ("packing", "padding_free"))
+        check_virtual_tokens(self.model, checkpointing=self.args.activation_checkpointing, packed=packed)
 
     def add_auxiliary_loss(
         self, name: str, function: Callable[[nn.Module], torch.Tensor], weight: float | LagrangeMultiplier = 1.0

@@ -8,9 +8,10 @@ WITHOUT_SCHEDULE = ("constant", "constant_with_warmup")
 WITHOUT_MOMENTS = ("sgd", "adafactor", "adagrad", "rmsprop", "galore_adafactor", "galore_adafactor_layerwise")
 WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
 LORA = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
-    "lora_task_type", "use_rslora", "use_dora",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "use_rslora", "use_dora",
 )  # fmt: skip
+ANY_ADAPTER = ("lora_modules_to_save", "lora_task_type")
+BOTTLENECK = ("reduction_factor", "placement")
 
 
 class Rule(NamedTuple):
@@ -142,7 +143,11 @@ RECIPE_RULES = (
         ("max_steps", "num_train_epochs"), "ladder_budgets", lambda args: True,
         "choose the budgets, which set the steps of each run",
     ),
-    Rule(LORA, "use_peft", _unless("use_peft", True), "set use_peft"),
+    Rule(
+        ("adapter", *LORA, *ANY_ADAPTER, *BOTTLENECK), "use_peft", _unless("use_peft", True), "set use_peft",
+    ),
+    Rule(LORA, "adapter", _unless("adapter", "lora"), 'set adapter to "lora"'),
+    Rule(BOTTLENECK, "adapter", _unless("adapter", "bottleneck"), 'set adapter to "bottleneck"'),
     Rule(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), "load_in_4bit",
         _unless("load_in_4bit", True), "set load_in_4bit",

@@ -45,6 +45,7 @@ def write_model_card(
     """
     output_dir = Path(output_dir)
     adapter, scores = _kind(output_dir)
+    own = adapter and json.loads((output_dir / "adapter_config.json").read_text()).get("peft_type") == "BOTTLENECK"
     name = model_name or output_dir.name
     data = ModelCardData(
         base_model=base_model if _on_hub(base_model) else None,
@@ -61,7 +62,7 @@ def write_model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {name.split('/')[-1]}",
         f"{_what(adapter, scores)} of {base}, trained with `{trainer_name}` of lifecycle_hf on {dataset}.",
-        f"## Use\n\n```python\n{_usage(name, adapter, scores)}\n```",
+        f"## Use\n\n```python\n{_usage(name, adapter, scores, own)}\n```",
         f"## Objective\n\n{objective}\n\nPaper: [{title}](https://arxiv.org/abs/{arxiv_id}).",
         _tax_section(tax),
         _table("Hyperparameters", "option", hyperparameters),
@@ -100,11 +101,12 @@ def _what(adapter, scores):
     return f"{'Adapter' if adapter else 'Fine-tune'} ({'reward model' if scores else 'language model'})"
 
 
-def _usage(name, adapter, scores):
+def _usage(name, adapter, scores, own):
     auto = f"Auto{'Peft' if adapter else ''}ModelFor{'SequenceClassification' if scores else 'CausalLM'}"
     # The config of an adapter's base knows neither the head nor the pad token that the adapter was trained with.
     options = ", num_labels=1, pad_token_id=tokenizer.pad_token_id" if adapter and scores else ""
     lines = [
+        *(["import lifecycle_hf  # registers the adapter with PEFT"] if own else []),
         f"from {'peft' if adapter else 'transformers'} import {auto}",
         "from transformers import AutoTokenizer",
         "",

@@ -8,6 +8,7 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 from lifecycle_hf.completions.rewards import Samples
 from lifecycle_hf.completions.sampling import VLLMSampler, generate
+from lifecycle_hf.models.adapters.limits import can_merge
 from lifecycle_hf.models.loading import is_sharded, unsharded
 from lifecycle_hf.models.roles import role_weights
 from lifecycle_hf.trainers.base.policy import PolicyAndReference
@@ -27,8 +28,16 @@ class PolicySampler:
     def __init__(self, trainer, stop_token_ids: list[int]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.tokenizer, self.stop_token_ids, self.vllm = trainer.processing_class, stop_token_ids, None
+        models = self.accelerator.unwrap_model(trainer.model)
+        self.mergeable = models.shared is not None and can_merge(models.policy)
+        if models.shared is not None and not self.mergeable and (self.args.merge_adapter or self.args.use_vllm):
+            option = "use_vllm" if self.args.use_vllm else "merge_adapter"
+            kind = models.policy.active_peft_config.peft_type.value
+            raise ValueError(
+                f"{option} needs an adapter that can be merged, and {kind} can't: leave {option} out, or train LoRA."
+            )
         if self.args.use_vllm:
-            check_vllm(self.accelerator.unwrap_model(trainer.model), trainer.is_fsdp_enabled)
+            check_vllm(models, trainer.is_fsdp_enabled)
             self.vllm = VLLMSampler(self.accelerator, self.args.vllm_server_base_url, self.args.vllm_server_timeout)
 
     def sample(
@@ -83,7 +92,7 @@ class PolicySampler:
 
     def _merges(self, models: PolicyAndReference) -> bool:
         """Return whether decoding runs on merged weights; in low precision merging would round small changes away."""
-        if models.shared is None or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
+        if not self.mergeable or self.args.merge_adapter is False or self.trainer.is_fsdp_enabled:
             return False
         exact = next(models.policy.parameters()).dtype in EXACT
         return bool(self.args.merge_adapter) or self.vllm is not None or exact

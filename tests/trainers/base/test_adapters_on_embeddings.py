@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from ppo_setting import trainer as ppo_trainer
 from preference_setting import trainer as preference_trainer
+from trainer_setting import plain_scores, scores
 from transformers import AutoModelForCausalLM
 
-from lifecycle_hf.completions.scoring import Completions, completion_logprobs
 from lifecycle_hf.models.loading import load_causal_lm, merge_adapter
 
 KINDS = {
@@ -19,23 +19,6 @@ KINDS = {
     "head and embeddings": {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
     "saved embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
 }
-PROMPTS, ANSWERS = [[3, 8, 9], [70, 11]], [[5, 70, 20], [6, 3]]
-
-
-def scores(model):
-    with torch.no_grad():
-        return completion_logprobs(model, Completions.from_lists(PROMPTS, ANSWERS, 0)).logprobs
-
-
-def plain_scores(model):
-    """log π of the answers, one row at a time, from the logits of the model's own forward pass."""
-    rows = []
-    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        values = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(values, (0, 3 - len(answer))))
-    return torch.stack(rows)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_setting import PROMPTS, KeepGradients, config, count_e, logged, trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from lifecycle_hf import RewardEnsemble
+from lifecycle_hf import BottleneckConfig, RewardEnsemble
 from lifecycle_hf.completions.rewards import Samples
 from lifecycle_hf.data.collators import length_mask
 from lifecycle_hf.models.loading import load_reward_model
@@ -26,13 +26,13 @@ def lora(**options):
     return LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("peft", [None, lora(), BottleneckConfig()], ids=["full", "lora", "bottleneck"])
 def test_ratio_is_exactly_one_while_nothing_was_learnt(tiny_llama, tmp_path, peft):
     make_model, _ = tiny_llama
     run = trainer(
         tiny_llama, tmp_path, make_model(attention_dropout=0.5), learning_rate=0.0, temperature=0.7, ppo_epochs=3,
         num_mini_batches=2, per_device_train_batch_size=2, max_steps=12, gradient_accumulation_steps=2,
-        trainer_options={"peft_config": lora() if peft else None},
+        trainer_options={"peft_config": peft},
     )  # fmt: skip
     run.train()
     assert logged(run, "policy/approx_kl") == [0.0] * 12

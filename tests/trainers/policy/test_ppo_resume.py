@@ -9,11 +9,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from ppo_setting import logged, trainer
 
+from lifecycle_hf import BottleneckConfig
+
 TEXTS = Dataset.from_dict({"text": ["The capital of France is Paris.", "Two and three make five.", "hello", "a fox"]})
 VARYING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 
 
-@pytest.mark.parametrize("peft", [False, True])
+ADAPTERS = {"full": None, "lora": LoraConfig(r=4, target_modules="all-linear"), "bottleneck": BottleneckConfig()}
+
+
+@pytest.mark.parametrize("peft", ADAPTERS)
 @pytest.mark.parametrize("stop", [4, 6])  # between two updates, and within one
 def test_resumed_run_equals_the_uninterrupted_one(tiny_llama, tmp_path, peft, stop):
     def run(resume=None):
@@ -22,10 +27,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_llama, tmp_path, peft, st
             num_mini_batches=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, ptx_coef=0.5,
             kl_control="adaptive", kl_horizon=40, reward_normalization="running", learning_rate=1e-2,
             lr_scheduler_type="linear",
-            trainer_options={
-                "ptx_dataset": TEXTS,
-                "peft_config": LoraConfig(r=4, target_modules="all-linear") if peft else None,
-            },
+            trainer_options={"ptx_dataset": TEXTS, "peft_config": ADAPTERS[peft]},
         )  # fmt: skip
 
     whole = run()

@@ -6,7 +6,9 @@ from launching import needs_deepspeed
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-NAMES = ("dpo", "dpo_cached", "dpo_lora", "kto", "orpo", "online")
+import lifecycle_hf  # noqa: F401  (registers the bottleneck adapter)
+
+NAMES = ("dpo", "dpo_cached", "dpo_lora", "dpo_bottleneck", "kto", "orpo", "online")
 SLOW = pytest.mark.slow
 
 
@@ -15,7 +17,7 @@ SLOW = pytest.mark.slow
     [
         ("MULTI_CPU", NAMES, False),
         pytest.param("FSDP", NAMES, True, marks=SLOW),
-        pytest.param("ZERO2", ("dpo", "online"), False, marks=needs_deepspeed),
+        pytest.param("ZERO2", ("dpo", "dpo_bottleneck", "online"), False, marks=needs_deepspeed),
         pytest.param("ZERO2", NAMES, True, marks=[needs_deepspeed, SLOW]),
         pytest.param("ZERO3", NAMES, True, marks=[needs_deepspeed, SLOW]),
     ],
@@ -39,7 +41,7 @@ def test_two_processes_of_two_equal_one_of_four(engine, names, slow, launched):
 
 def check_saved(name, got, expected):
     """What was saved loads as an ordinary checkpoint and has the weights that one process gives."""
-    auto = AutoPeftModelForCausalLM if name == "dpo_lora" else AutoModelForCausalLM
+    auto = AutoPeftModelForCausalLM if name in ("dpo_lora", "dpo_bottleneck") else AutoModelForCausalLM
     weights, others = (auto.from_pretrained(folder).state_dict() for folder in (got, expected))
     assert weights.keys() == others.keys()
     for key, weight in weights.items():

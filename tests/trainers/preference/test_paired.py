@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from trl.experimental.orpo import ORPOConfig as PeerORPOConfig
 from trl.experimental.orpo import ORPOTrainer as PeerORPOTrainer
 
-from lifecycle_hf import DPOTrainer, IPOTrainer, ORPOTrainer, PreferenceTrainer
+from lifecycle_hf import BottleneckConfig, DPOTrainer, IPOTrainer, ORPOTrainer, PreferenceTrainer
 from lifecycle_hf.trainers.preference import paired
 
 close = torch.testing.assert_close
@@ -94,12 +94,12 @@ def test_loss_is_that_of_the_formula(tiny_llama, tmp_path, simpo, name):
     assert metrics["eval_rewards/accuracies"] == sum(m > 0 for m in margins) / 8
 
 
-@pytest.mark.parametrize("setting", ["full", "dropout", "lora", "bf16", "checkpointing"])
+@pytest.mark.parametrize("setting", ["full", "dropout", "lora", "bottleneck", "bf16", "checkpointing"])
 def test_dpo_starts_at_ln_2_with_rewards_of_zero(tiny_llama, tmp_path, setting):
     make_model, _ = tiny_llama
     model = make_model(attention_dropout=0.5) if setting == "dropout" else None
     options = {"bf16": setting == "bf16", "activation_checkpointing": setting == "checkpointing"}
-    given = {"peft_config": LORA} if setting == "lora" else {}
+    given = {"peft_config": {"lora": LORA, "bottleneck": BottleneckConfig()}.get(setting)}
     run = trainer(tiny_llama, tmp_path, model=model, max_steps=1, trainer_options=given, **options)
     run.train()
     assert logged(run, "loss") == [pytest.approx(math.log(2), abs=1e-6)]
@@ -226,7 +226,11 @@ def test_reference_of_a_trained_adapter_is_its_frozen_copy(tiny_llama, tmp_path)
     assert logged(run, "rewards/margins")[-1] > 0
 
 
-@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "peft",
+    [None, LoraConfig(r=4, target_modules="all-linear"), BottleneckConfig()],
+    ids=["full", "lora", "bottleneck"],
+)
 def test_cached_reference_gives_the_same_run_and_lets_go_of_the_model(tiny_llama, tmp_path, peft):
     given = {"peft_config": peft, "eval_dataset": PAIRS.select(range(3))}
     online = trainer(tiny_llama, tmp_path, max_steps=4, trainer_options=given)
