@@ -33,7 +33,7 @@ bench: $(READY)
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[dev,curation]" -c constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e ".[deepspeed]" -c constraints.txt \
 		|| echo "DeepSpeed could not be installed; everything but the ZeRO configurations works without it."
 	@touch $@
