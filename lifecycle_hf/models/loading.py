@@ -181,6 +181,10 @@ def _load_plain(task: str, name: str, quantization_config, init_kwargs: dict | N
     absent, backbone = set(info["missing_keys"]), f"{model.base_model_prefix}."
     if fresh_head and task in ("SEQ_CLS", "QUESTION_ANS"):
         absent = {key for key in absent if key.startswith(backbone) and "pooler" not in key}
+    if absent and task == "QUESTION_ANS" and "key_mapping" not in kwargs:
+        # Llama's head calls the backbone "transformer", and transformers does not find it as "model" in a checkpoint.
+        mapping = {"key_mapping": {r"^model\.": backbone}}
+        return _load_plain(task, name, quantization_config, (init_kwargs or {}) | mapping, fresh_head)
     if missing := sorted(absent):
         hint = " It has no trained reward head: train one with RewardTrainer." if task == "SEQ_CLS" else ""
         some = f"{missing[:5]}{' ...' if len(missing) > 5 else ''}"
