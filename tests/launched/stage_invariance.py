@@ -43,7 +43,7 @@ def rows(number, stage):
             [{"text": [text], "answer_start": [0]} for text in texts],
             [f"word {i}" for i in range(number)],
         )
-        return Dataset.from_dict({"question": asked, "context": texts, "answers": answers})
+        return Dataset.from_dict({"question": list(asked), "context": texts, "answers": list(answers)})
     return Dataset.from_list([{"chosen": f"{i} {text}", "rejected": f"no {i}"} for i, text in enumerate(texts)])
 
 

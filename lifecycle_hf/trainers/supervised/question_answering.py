@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 from lifecycle_hf.data.task_rows import tokenize_questions
-from lifecycle_hf.evaluation.bootstrap import Measurement, ratio
+from lifecycle_hf.evaluation.bootstrap import Measurement
 from lifecycle_hf.evaluation.spans import best_spans, squad_scores
 from lifecycle_hf.trainers.base.options import option
 from lifecycle_hf.trainers.supervised.tasks import TaskConfig, TaskTrainer
@@ -106,8 +106,8 @@ class QuestionAnsweringTrainer(TaskTrainer):
         found = {"exact_match": Measurement(scores[:, 0]), "f1": Measurement(scores[:, 1])}
         if self.args.null_threshold is not None:
             has = np.array([bool(said["answers"]) for said in self.predictions])
-            kinds = {"has_answer_f1": (scores[:, 1], has), "no_answer_accuracy": (scores[:, 0], ~has)}
-            found |= {k: Measurement(np.stack([v * of, of], 1), ratio) for k, (v, of) in kinds.items() if of.any()}
+            kinds = {"has_answer_f1": scores[has, 1], "no_answer_accuracy": scores[~has, 0]}
+            found |= {name: Measurement(values) for name, values in kinds.items() if len(values)}
         return found
 
 

@@ -177,10 +177,13 @@ class TaskTrainer(StageTrainerMixin, Trainer):
             return model
         config = copy.deepcopy(peft_config)
         config.task_type = self.task_type  # with which PEFT trains the whole head beside the adapter
+        if self.task_type == "QUESTION_ANS" and getattr(config, "target_modules", None) == "all-linear":
+            config.exclude_modules = config.exclude_modules or ["qa_outputs"]  # which PEFT would adapt and save whole
         model = get_peft_model(model, config)
-        for parameter in model.parameters():  # in bf16 small steps would be lost
-            if parameter.requires_grad and not is_sharded(model):
-                parameter.data = parameter.data.float()
+        if (self.args.bf16 or self.args.fp16 or model.dtype == torch.float32) and not is_sharded(model):
+            for parameter in model.parameters():  # in bf16 small steps would be lost
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         return model
 
     # Data
