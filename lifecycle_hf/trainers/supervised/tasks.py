@@ -216,19 +216,23 @@ class TaskTrainer(StageTrainerMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, predictions = self.task_loss(model, inputs)
         loss = self.with_auxiliary(losses.mean(), num_items_in_batch)
-        return (loss, {"predictions": predictions}) if return_outputs else loss
+        return (loss, {"losses": losses, "predictions": predictions}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), *((None, None) if prediction_loss_only else (outputs["predictions"], inputs["index"]))
+        kept = torch.cat([outputs["losses"][:, None].double(), outputs["predictions"].double()], dim=1)
+        return loss.detach(), *((None, None) if prediction_loss_only else (kept, inputs["index"]))
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in transformers, with the metrics of the class docstring, each over all rows at once."""
         self._evaluated, self._measured = dataloader.dataset, None
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._measured is not None:
+            # transformers' mean counts the rows twice that fill up the last batch of several processes.
+            output.metrics[f"{metric_key_prefix}_loss"] = float(self._measured["loss"])
+            output = output._replace(predictions=output.predictions[:, 1:])
             self.measurements_by_set[metric_key_prefix] = self._measured
             if metric_key_prefix == "eval":  # the first and the last
                 self._history = {k: v for k, v in self._history.items() if k == 0}
@@ -236,7 +240,8 @@ class TaskTrainer(StageTrainerMixin, Trainer):
         return output
 
     def _measure(self, found: EvalPrediction) -> dict[str, float]:
-        self._measured = self.measurements(found.predictions, self._evaluated.select(found.label_ids))
+        rows, losses = self._evaluated.select(found.label_ids), found.predictions[:, 0]
+        self._measured = {"loss": Measurement(losses)} | self.measurements(found.predictions[:, 1:], rows)
         return {name: float(value) for name, value in self._measured.items()}
 
     @property

@@ -2,9 +2,15 @@
 
 import pytest
 from launching import launch_jobs, needs_deepspeed, results
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
 from lifecycle_hf.models.loading import load_causal_lm, load_classifier, load_reward_model
+
+TASKS = {"classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,9 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
-    if stage in ("classification", "qa"):
-        load_classifier(str(tmp_path / "two"), task={"qa": "QUESTION_ANS"}.get(stage, "SEQ_CLS"))
+    if stage in TASKS:
+        load = load_classifier if mode == "lora" else TASKS[stage].from_pretrained
+        load(str(tmp_path / "two"), **{"task": "QUESTION_ANS"} if (stage, mode) == ("qa", "lora") else {})
     elif stage == "reward":
         assert load_reward_model(str(tmp_path / "two")).config.reward_center == two["held_out"]["eval_reward_center"]
     elif mode == "full":
