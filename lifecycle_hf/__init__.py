@@ -33,8 +33,10 @@ _HOMES = {
     "trainers.preference.kto": "KTOTrainer",
     "trainers.preference.online": "OnlineDPOConfig OnlineDPOTrainer SPINConfig SPINTrainer",
     "trainers.preference.paired": "DPOConfig DPOTrainer IPOConfig IPOTrainer ORPOConfig ORPOTrainer PreferenceTrainer",
+    "trainers.supervised.classification": "ClassificationConfig ClassificationTrainer",
     "trainers.supervised.doremi": "DoReMiConfig DoReMiTrainer",
     "trainers.supervised.pretraining": "PretrainingConfig PretrainingTrainer",
+    "trainers.supervised.question_answering": "QuestionAnsweringConfig QuestionAnsweringTrainer",
     "trainers.supervised.reward": "RewardConfig RewardTrainer",
     "trainers.supervised.sft": "SFTConfig SFTTrainer",
 }

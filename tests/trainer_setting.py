@@ -8,10 +8,16 @@ from preference_setting import trainer as preference_trainer
 from transformers import LlamaForSequenceClassification
 
 from lifecycle_hf import (
+    ClassificationConfig,
+    ClassificationTrainer,
     DPOTrainer,
     KTOTrainer,
+    LifecycleConfig,
+    LifecycleForQuestionAnswering,
     PretrainingConfig,
     PretrainingTrainer,
+    QuestionAnsweringConfig,
+    QuestionAnsweringTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -20,6 +26,13 @@ from lifecycle_hf import (
 from lifecycle_hf.completions.scoring import Completions, completion_logprobs
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "max_steps": 1, "lr_scheduler_type": "constant"}
+LABELLED = Dataset.from_dict({"text": [row["chosen"] for row in PAIRS], "label": [i % 2 for i in range(len(PAIRS))]})
+QUESTIONS = Dataset.from_list(
+    [
+        {"question": row["prompt"], "context": row["chosen"], "answers": {"text": ["course"], "answer_start": [4]}}
+        for row in PAIRS
+    ]
+)
 TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
 
 
@@ -33,6 +46,21 @@ def reward(tiny_llama, tmp_path, **options):
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config)
     return stage(RewardTrainer, RewardConfig, model, PAIRS, tiny_llama, tmp_path, options)
+
+
+def classification(tiny_llama, tmp_path, **options):
+    config = tiny_llama[0]().config
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    return stage(ClassificationTrainer, ClassificationConfig, model, LABELLED, tiny_llama, tmp_path, options)
+
+
+def question_answering(tiny_llama, tmp_path, **options):
+    config = LifecycleConfig.from_llama(tiny_llama[0]().config, attention="bidirectional")
+    torch.manual_seed(0)
+    model, options = LifecycleForQuestionAnswering(config), {"max_length": 64, "doc_stride": 8} | options
+    given = (QuestionAnsweringTrainer, QuestionAnsweringConfig, model, QUESTIONS)
+    return stage(*given, tiny_llama, tmp_path, options)
 
 
 def pretraining(tiny_llama, tmp_path, **options):
@@ -52,6 +80,8 @@ MAKE = {
     "pretraining": pretraining,
     "sft": sft,
     "reward": reward,
+    "classification": classification,
+    "qa": question_answering,
     "dpo": lambda *given, **options: preference_trainer(*given, DPOTrainer, **options),
     "kto": lambda *given, **options: preference_trainer(*given, KTOTrainer, dataset=ANSWERS, **options),
     "ppo": lambda *given, **options: ppo_trainer(*given, **options),

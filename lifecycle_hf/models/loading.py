@@ -1,7 +1,6 @@
 """Load models and tokenizers by name or path, with adapters and quantisation, in the same way for all trainers."""
 
 import copy
-import json
 import re
 import tempfile
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,16 +25,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from lifecycle_hf.models.adapters.embeddings import embedding_rows, merge_and_untie
+from lifecycle_hf.models.adapters.notes import labels_of, read_adapter_notes, save_adapter_notes
 from lifecycle_hf.models.heads import RewardModel
 
-ADAPTER_NOTES = "lifecycle_adapter.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
-_KINDS = {"CAUSAL_LM": "language model", "SEQ_CLS": "reward model"}
+_AUTO = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
+_KINDS = {
+    "CAUSAL_LM": "language model", "QUESTION_ANS": "question-answering model", "SEQ_2_SEQ_LM": "encoder-decoder model",
+    "SEQ_CLS": "reward model",
+}  # fmt: skip
 _PAD_NAME = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 _OTHER_MODALITY = re.compile(r"image|vision|video|audio", re.IGNORECASE)
@@ -127,15 +135,22 @@ def load_reward_model(
 
 
 def load_classifier(
-    model: str, *, quantization_config: BitsAndBytesConfig | None = None, init_kwargs: dict | None = None
+    model: str,
+    *,
+    task: str = "SEQ_CLS",
+    quantization_config: BitsAndBytesConfig | None = None,
+    init_kwargs: dict | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load a num_labels=1 sequence classifier to train; its ``score`` head is new if the checkpoint has none."""
-    return _load("SEQ_CLS", model, quantization_config, init_kwargs, is_trainable=True)
+    """Load a sequence classifier to train, or by `task` another model; its head is new if the checkpoint has none.
+
+    A sequence classifier has one label unless `init_kwargs` names others by `id2label`.
+    """
+    return _load(task, model, quantization_config, init_kwargs, is_trainable=True)
 
 
 def _load(task: str, name: str, quantization_config, init_kwargs: dict | None, is_trainable: bool):
     if not is_adapter(name):
-        return _load_plain(task, name, quantization_config, init_kwargs, task == "SEQ_CLS" and is_trainable)
+        return _load_plain(task, name, quantization_config, init_kwargs, is_trainable)
     config = PeftConfig.from_pretrained(name)
     if not config.base_model_name_or_path:
         raise ValueError(
@@ -146,23 +161,31 @@ def _load(task: str, name: str, quantization_config, init_kwargs: dict | None, i
             f"{name} is an adapter of a {_KINDS[config.task_type]}, but a {_KINDS[task]} is needed. Merge it into its "
             "base first (the recipes' --merge writes it to OUTPUT_DIR/merged) and start from the merged model."
         )
+    init_kwargs = labels_of(read_adapter_notes(name)) | (init_kwargs or {})
     base = _load_plain(task, config.base_model_name_or_path, quantization_config, init_kwargs)
     return load_adapter(base, name, is_trainable=is_trainable)
 
 
 def _load_plain(task: str, name: str, quantization_config, init_kwargs: dict | None = None, fresh_head: bool = True):
-    """Load a model that is not an adapter; `fresh_head` says whether the checkpoint may lack the score head."""
+    """Load a model that is not an adapter; `fresh_head` says whether the checkpoint may lack the head of a task."""
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
             kwargs.setdefault("device_map", {"": PartialState().local_process_index})
-    if task == "SEQ_CLS":
+    if task == "SEQ_CLS" and "id2label" not in kwargs:
         kwargs["num_labels"] = 1
     # The context also removes the head from the list of missing weights, so it is used for a fresh head only.
     with suppress_seqcls_warning() if fresh_head else nullcontext():
         model, info = _AUTO[task].from_pretrained(name, output_loading_info=True, **kwargs)
-    if missing := sorted(info["missing_keys"]):
+    absent, backbone = set(info["missing_keys"]), f"{model.base_model_prefix}."
+    if fresh_head and task in ("SEQ_CLS", "QUESTION_ANS"):
+        absent = {key for key in absent if key.startswith(backbone) and "pooler" not in key}
+    if absent and task == "QUESTION_ANS" and "key_mapping" not in kwargs:
+        # Llama's head calls the backbone "transformer", and transformers does not find it as "model" in a checkpoint.
+        mapping = {"key_mapping": {r"^model\.": backbone}}
+        return _load_plain(task, name, quantization_config, (init_kwargs or {}) | mapping, fresh_head)
+    if missing := sorted(absent):
         hint = " It has no trained reward head: train one with RewardTrainer." if task == "SEQ_CLS" else ""
         some = f"{missing[:5]}{' ...' if len(missing) > 5 else ''}"
         raise ValueError(f"The checkpoint {name} lacks weights of {type(model).__name__}: {some}.{hint}")
@@ -377,30 +400,6 @@ def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool = False
     return model
 
 
-def save_adapter_notes(model: PeftModel, output_dir: str | Path) -> None:
-    """Write next to an adapter what its config lacks: vocabulary size, pad token, reward centre, quantisation.
-
-    These are in a separate file because transformers treats an adapter folder with a config.json as a full model.
-    """
-    base = model.get_base_model()
-    quantization = getattr(base.config, "quantization_config", None)
-    notes = {
-        "vocab_size": embedding_rows(base),
-        "pad_token_id": base.config.get_text_config().pad_token_id,
-        "reward_center": getattr(base.config, "reward_center", None),
-        "quantization_config": None if quantization is None else quantization.to_dict(),
-    }
-    notes = {key: value for key, value in notes.items() if value is not None}
-    (Path(output_dir) / ADAPTER_NOTES).write_text(json.dumps(notes, indent=2) + "\n")
-
-
-def read_adapter_notes(path: str) -> dict:
-    """Read what [`save_adapter_notes`] wrote next to an adapter, local or on the Hub; {} if there is nothing."""
-    quiet = [f"_raise_exceptions_for_{reason}" for reason in ("missing_entries", "connection_errors")]
-    notes = cached_file(path, ADAPTER_NOTES, **dict.fromkeys(quiet, False))
-    return json.loads(Path(notes).read_text()) if notes else {}
-
-
 def merge_adapter(model_or_path: str | PeftModel, output_dir: str | Path) -> PreTrainedModel:
     """Merge an adapter into its base, W + (α/r)·BA in fp32, write the full checkpoint to `output_dir` and return it.
 
@@ -433,6 +432,7 @@ def _base_of(adapter: str) -> PreTrainedModel:
     """Load the base model that an adapter was trained on, quantised as the adapter's notes say."""
     if not is_adapter(adapter):
         raise ValueError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge.")
-    config, quantization = PeftConfig.from_pretrained(adapter), read_adapter_notes(adapter).get("quantization_config")
+    config, notes = PeftConfig.from_pretrained(adapter), read_adapter_notes(adapter)
+    quantization = notes.get("quantization_config")
     quantization = BitsAndBytesConfig.from_dict(quantization) if quantization else None
-    return _load_plain(config.task_type, config.base_model_name_or_path, quantization)
+    return _load_plain(config.task_type, config.base_model_name_or_path, quantization, labels_of(notes))

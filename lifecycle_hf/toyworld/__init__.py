@@ -12,6 +12,7 @@ from lifecycle_hf.toyworld.evaluation import HIGHER_IS_BETTER, measure, question
 from lifecycle_hf.toyworld.gold import gold_reward
 from lifecycle_hf.toyworld.model import build_model, build_tokenizer
 from lifecycle_hf.toyworld.stages import stage_checkpoint
+from lifecycle_hf.toyworld.tasks import TASKS, task_dataset
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -23,9 +24,10 @@ __all__ = [
     "planted_domains",
     "questions",
     "stage_checkpoint",
+    "task_dataset",
 ]
 
-SOURCES["toyworld"] = dataset
+SOURCES["toyworld"] = lambda stage: task_dataset(stage) if stage in TASKS else dataset(stage)
 SOURCES["planted_domains"] = lambda stage: {"train": planted_domains()}
 WORLDS["toyworld"] = World(
     measure, questions, {"perplexity": False} | HIGHER_IS_BETTER, alignment=("gold_reward", "refusal_rate")

@@ -1,7 +1,7 @@
-"""Two steps of SFT or reward training and an evaluation; prints what must not depend on the number of processes.
+"""Two steps of a stage and an evaluation; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, "sft" or "reward", "full", "lora" or "constrained" (a capability
-loss under a ceiling), path of the base model.
+Arguments: output folder, per-device batch, "sft", "reward", "classification" or "qa", "full", "lora" or "constrained"
+(a capability loss under a ceiling), path of the base model.
 """
 
 import json
@@ -9,10 +9,25 @@ import json
 from datasets import Dataset
 from peft import LoraConfig
 
-from lifecycle_hf import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from lifecycle_hf import (
+    ClassificationConfig,
+    ClassificationTrainer,
+    QuestionAnsweringConfig,
+    QuestionAnsweringTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from lifecycle_hf.mitigation.trade_off import LagrangeMultiplier
 from lifecycle_hf.trainers.base.capability import CapabilityLoss
 
+STAGES = {
+    "sft": (SFTConfig, SFTTrainer),
+    "reward": (RewardConfig, RewardTrainer),
+    "classification": (ClassificationConfig, ClassificationTrainer),
+    "qa": (QuestionAnsweringConfig, QuestionAnsweringTrainer),
+}
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 
 
@@ -21,11 +36,19 @@ def rows(number, stage):
     texts = [" ".join([WORDS[i % 4]] * (i % 5 + 1)) for i in range(number)]
     if stage == "sft":
         return Dataset.from_list([{"prompt": f"word {i}:", "completion": text} for i, text in enumerate(texts)])
+    if stage == "classification":
+        return Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    if stage == "qa":
+        answers, asked = (
+            [{"text": [text], "answer_start": [0]} for text in texts],
+            [f"word {i}" for i in range(number)],
+        )
+        return Dataset.from_dict({"question": list(asked), "context": texts, "answers": list(answers)})
     return Dataset.from_list([{"chosen": f"{i} {text}", "rejected": f"no {i}"} for i, text in enumerate(texts)])
 
 
 def main(output, batch, stage, mode, model):
-    config, trainer_class = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer)}[stage]
+    config, trainer_class = STAGES[stage]
     args = config(
         output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=2, max_steps=2, learning_rate=1e-3,
         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,

@@ -65,12 +65,13 @@ def check_mitigations(args: MitigationOptions, dataset: Dataset | None) -> None:
         )
 
 
-def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
+def protect(trainer, dataset: Dataset | None, *, mixes: bool = False, capability=CapabilityLoss) -> None:
     """Set up what the trainer's [`MitigationOptions`] ask for.
 
     Args:
         dataset: text, chat or prompt-completion rows of what the model should go on knowing.
         mixes: whether the trainer mixes a plain `ptx_coef` into its loss itself.
+        capability: makes the loss on these rows, from the arguments of [`CapabilityLoss`].
     """
     args = trainer.args
     check_mitigations(args, dataset)
@@ -78,7 +79,7 @@ def protect(trainer, dataset: Dataset | None, *, mixes: bool = False) -> None:
     def texts(use: str, batch_size: int | None, **options) -> CapabilityLoss:
         options |= {"batch_size": batch_size or args.per_device_train_batch_size, "max_length": args.ptx_max_length}
         options |= {"where": "ptx_dataset", "strict": getattr(args, "strict_data", False)}
-        return CapabilityLoss(dataset, trainer.processing_class, seed=args.seed + SEEDS[use], **options)
+        return capability(dataset, trainer.processing_class, seed=args.seed + SEEDS[use], **options)
 
     if args.ptx_ceiling is not None:
         weight = LagrangeMultiplier(args.ptx_ceiling, rate=args.ptx_rate, initial=args.ptx_coef)

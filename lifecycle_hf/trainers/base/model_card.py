@@ -9,10 +9,17 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lifecycle_hf import __version__
 from lifecycle_hf.evaluation.report import TaxReport
+from lifecycle_hf.models.adapters.notes import read_adapter_notes
 
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 EMBEDDED = "toyworld"
+KINDS = {
+    "SEQ_CLS": ("SequenceClassification", "text-classification", "classifier"),
+    "QUESTION_ANS": ("QuestionAnswering", "question-answering", "question-answering model"),
+    "CAUSAL_LM": ("CausalLM", "text-generation", "language model"),
+}
+"""By PEFT's name of a task: the Auto class, the Hub's name of the task, and what the model is."""
 VERSIONS_OF = ("transformers", "trl", "peft", "torch", "datasets")
 
 
@@ -44,15 +51,15 @@ def write_model_card(
         model_name: repository on the Hub, or the folder's name.
     """
     output_dir = Path(output_dir)
-    adapter, scores = _kind(output_dir)
-    own = adapter and json.loads((output_dir / "adapter_config.json").read_text()).get("peft_type") == "BOTTLENECK"
+    adapter, task = _kind(output_dir)
+    what = f"{'Adapter' if adapter else 'Fine-tune'} ({_what(trainer_name, task)})"
     name = model_name or output_dir.name
     data = ModelCardData(
         base_model=base_model if _on_hub(base_model) else None,
         base_model_relation=("adapter" if adapter else "finetune") if _on_hub(base_model) else None,
         datasets=[dataset_name] if _on_hub(dataset_name) else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-classification" if scores else "text-generation",
+        pipeline_tag=KINDS[task][1],
         tags=list(dict.fromkeys(["lifecycle_hf", trainer_name.removesuffix("Trainer").lower(), *tags])),
     )
     title, arxiv_id = paper
@@ -61,8 +68,8 @@ def write_model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name.split('/')[-1]}",
-        f"{_what(adapter, scores)} of {base}, trained with `{trainer_name}` of lifecycle_hf on {dataset}.",
-        f"## Use\n\n```python\n{_usage(name, adapter, scores, own)}\n```",
+        f"{what} of {base}, trained with `{trainer_name}` of lifecycle_hf on {dataset}.",
+        f"## Use\n\n```python\n{_usage(name, task, output_dir if adapter else None)}\n```",
         f"## Objective\n\n{objective}\n\nPaper: [{title}](https://arxiv.org/abs/{arxiv_id}).",
         _tax_section(tax),
         _table("Hyperparameters", "option", hyperparameters),
@@ -76,13 +83,19 @@ def write_model_card(
 
 
 def _kind(folder):
-    """(is an adapter, is a reward model) of the model saved in `folder`."""
+    """(is an adapter, PEFT's name of the task) of the model saved in `folder`."""
     if (folder / "adapter_config.json").exists():
-        return True, json.loads((folder / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+        task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
+        return True, task if task in KINDS else "CAUSAL_LM"
+    architectures = []
     if (folder / "config.json").exists():
         architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
-        return False, any(name.endswith("ForSequenceClassification") for name in architectures)
-    return False, False
+    tasks = [task for task, (auto, *_) in KINDS.items() for name in architectures if name.endswith(f"For{auto}")]
+    return False, (tasks or ["CAUSAL_LM"])[0]
+
+
+def _what(trainer_name, task):
+    return "reward model" if trainer_name == "RewardTrainer" else KINDS[task][2]
 
 
 def _on_hub(name):
@@ -97,14 +110,14 @@ def _named(name, hub):
     return f"`{Path(name).name}`" if name else "data given in memory"
 
 
-def _what(adapter, scores):
-    return f"{'Adapter' if adapter else 'Fine-tune'} ({'reward model' if scores else 'language model'})"
-
-
-def _usage(name, adapter, scores, own):
-    auto = f"Auto{'Peft' if adapter else ''}ModelFor{'SequenceClassification' if scores else 'CausalLM'}"
-    # The config of an adapter's base knows neither the head nor the pad token that the adapter was trained with.
-    options = ", num_labels=1, pad_token_id=tokenizer.pad_token_id" if adapter and scores else ""
+def _usage(name, task, adapter):
+    auto = f"Auto{'Peft' if adapter else ''}ModelFor{KINDS[task][0]}"
+    own = adapter and json.loads((adapter / "adapter_config.json").read_text()).get("peft_type") == "BOTTLENECK"
+    options = ""
+    if adapter and task == "SEQ_CLS":
+        # The config of an adapter's base knows neither the head nor the pad token that the adapter was trained with.
+        labels = len(read_adapter_notes(str(adapter)).get("id2label", "1"))
+        options = f", num_labels={labels}, pad_token_id=tokenizer.pad_token_id"
     lines = [
         *(["import lifecycle_hf  # registers the adapter with PEFT"] if own else []),
         f"from {'peft' if adapter else 'transformers'} import {auto}",

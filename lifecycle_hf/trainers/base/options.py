@@ -15,7 +15,7 @@ LIMITS = (
             "ppo_epochs", "num_mini_batches", "max_prompt_length", "max_completion_length", "generation_batch_size",
             "ptx_batch_size", "ptx_max_length", "max_faults", "num_completions_to_print", "ewc_rows", "projection_k",
             "projection_batches", "projection_every", "precompute_ref_batch_size", "dataset_num_proc",
-            "num_generations", "rounds",
+            "num_generations", "rounds", "n_best", "max_answer_length",
         ),
         lambda value: isinstance(value, int) and value >= 1, "must be at least 1, and whole",
     ),

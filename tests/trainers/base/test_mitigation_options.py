@@ -14,7 +14,7 @@ from lifecycle_hf.mitigation.ewc import EWC
 from lifecycle_hf.trainers.base.capability import CapabilityLoss
 from lifecycle_hf.trainers.base.mitigations import check_mitigations, mitigations_in_force, protect
 
-NAMES = [name for name in MAKE if name != "reward"]
+NAMES = [name for name in MAKE if name not in ("reward", "classification", "qa")]  # those predict tokens
 FACTS = Dataset.from_dict({"text": [f"the capital of land {i} is city {i}" for i in range(4)]})
 EMPTY = Dataset.from_dict({"text": ["a fact", ""]})
 EXACT = {"per_device_train_batch_size": 4, "ptx_batch_size": 4}

@@ -9,17 +9,27 @@ import torch
 from datasets import Dataset
 from ppo_setting import PROMPTS
 from preference_setting import ANSWERS, PAIRS
-from trainer_setting import MAKE, TEXTS
+from trainer_setting import LABELLED, MAKE, QUESTIONS, TEXTS
 from transformers import TrainingArguments
 
-from lifecycle_hf import DPOConfig, KTOConfig, PPOConfig, PretrainingConfig, RewardConfig, SFTConfig
+from lifecycle_hf import (
+    ClassificationConfig,
+    DPOConfig,
+    KTOConfig,
+    PPOConfig,
+    PretrainingConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    SFTConfig,
+)
 
 CONFIGS = {
     "ppo": PPOConfig, "dpo": DPOConfig, "kto": KTOConfig, "sft": SFTConfig, "reward": RewardConfig,
-    "pretraining": PretrainingConfig,
+    "pretraining": PretrainingConfig, "classification": ClassificationConfig, "qa": QuestionAnsweringConfig,
 }  # fmt: skip
 EVAL = {
     "ppo": Dataset.from_dict({"prompt": PROMPTS[:3]}), "dpo": PAIRS.select(range(3)), "kto": ANSWERS.select(range(4)),
+    "classification": LABELLED.select(range(3)), "qa": QUESTIONS.select(range(3)),
     "sft": TEXTS.select(range(3)), "reward": PAIRS.select(range(3)),
     "pretraining": Dataset.from_dict({"text": [row["chosen"] * 20 for row in PAIRS.select(range(4))]}),
 }  # fmt: skip
@@ -66,6 +76,8 @@ REFUSED = {
     "sft": set(),
     "reward": {"average_tokens_across_devices", "label_smoothing_factor", "label_names"},
     "pretraining": OURS_REFUSE | {"length_column_name"},
+    "classification": OURS_REFUSE - {"eval_accumulation_steps"},
+    "qa": OURS_REFUSE - {"eval_accumulation_steps"},
 }
 ELSEWHERE = {
     "output_dir": "every test", "use_cpu": "every test", "resume_from_checkpoint": "the recipes' tests",
@@ -95,7 +107,7 @@ def fields():
 def test_every_field_is_in_the_table(name):
     known = FIRST.keys() | SECOND.keys() | REFUSED[name] | ELSEWHERE.keys()
     assert set(fields()) == known, "transformers has other options: say here what each trainer makes of them"
-    assert REFUSED[name] >= CONFIGS[name].refused.keys()
+    assert REFUSED[name] >= CONFIGS[name].refused.keys() & set(fields())
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in CONFIGS for field in sorted(REFUSED[name])])
@@ -168,6 +180,8 @@ LENGTHS = {
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "kto": ("prompt_ids", "completion_ids"),
     "reward": ("chosen_ids", "rejected_ids"),
+    "classification": ("input_ids",),
+    "qa": ("input_ids",),
 }
 
 

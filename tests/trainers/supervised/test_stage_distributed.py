@@ -1,10 +1,16 @@
-"""SFT and reward training in two processes on CPU give what one gives, held-out metrics included."""
+"""Supervised stages in two processes on CPU give what one gives, held-out metrics included."""
 
 import pytest
 from launching import launch_jobs, needs_deepspeed, results
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
-from lifecycle_hf.models.loading import load_causal_lm, load_reward_model
+from lifecycle_hf.models.loading import load_causal_lm, load_classifier, load_reward_model
+
+TASKS = {"classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def run(config, output, batch, *arguments, fsdp=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "classification", "qa"])
 @pytest.mark.parametrize(
     ("config", "mode"),
     [
@@ -38,7 +44,10 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
-    if stage == "reward":
+    if stage in TASKS:
+        load = load_classifier if mode == "lora" else TASKS[stage].from_pretrained
+        load(str(tmp_path / "two"), **{"task": "QUESTION_ANS"} if (stage, mode) == ("qa", "lora") else {})
+    elif stage == "reward":
         assert load_reward_model(str(tmp_path / "two")).config.reward_center == two["held_out"]["eval_reward_center"]
     elif mode == "full":
         AutoModelForCausalLM.from_pretrained(tmp_path / "two")
