@@ -67,17 +67,14 @@ def curate(
             with `strict_data` a row can't be used.
         OSError: the disk is full. Nothing in `data` is half written, and a second start goes on.
     """
-    source, output = Path(source).resolve(), Path(output_dir).resolve()
-    columns = dict(zip(COLUMNS, COLUMNS)) | dict(columns or {})
+    source, output, work = Path(source).resolve(), Path(output_dir).resolve(), Path(output_dir).resolve() / "work"
+    columns = {name: name for name in COLUMNS} | dict(columns or {})
     _check(source, output, blocks, workers, tasks, columns, output_format)
     files, left_out = input_files(source)
     settings = {"source": str(source), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
     settings |= {"tasks": tasks, "columns": columns, "output_format": output_format, "tokenizer": tokenizer}
-    settings |= {"strict_data": strict_data, "steps": [block.name for block in blocks]}
-    for block in blocks:
-        settings |= {f"{block.name}.{name}": value for name, value in _settings(block).items()}
+    settings |= {"strict_data": strict_data, "steps": [block.name for block in blocks]} | _settings(blocks)
     check_settings(output / "settings.json", settings)
-    work = output / "work"
     if not (output / "report.json").exists():
         with ExitStack() as stack:
             stack.enter_context(_alone(work))
@@ -90,9 +87,8 @@ def curate(
             scores = sorted({name for count in counts.values() for name in count.pop("scores")})
             write = [steps.ReadShard(shards), steps.WriteData(work / "data", output_format, scores)]
             _run({"data": Pass(tasks, write)}, work, workers, executor)
-            report = {"source": str(source), "files": len(files), "left_out": left_out, "tokenizer": tokenizer}
-            report["steps"] = [{"step": name} | count for name, count in counts.items()]
-            _publish(report, output)
+            told = {"source": str(source), "files": len(files), "left_out": left_out, "tokenizer": tokenizer}
+            _publish(told | {"steps": [{"step": name} | count for name, count in counts.items()]}, output)
     shutil.rmtree(work, ignore_errors=True)
     return json.loads((output / "report.json").read_text())
 
@@ -113,8 +109,8 @@ def _check(source, output, blocks, workers, tasks, columns, output_format) -> No
             raise ValueError(f"curate: {message}.")
 
 
-def _settings(block) -> dict:
-    """Return the public attributes of a block: plain values, long ones as a hash, and the type of others."""
+def _settings(blocks) -> dict:
+    """Return the public attributes of all blocks: plain values, long ones as a hash, and the type of others."""
 
     def plain(value):
         if isinstance(value, set | frozenset):
@@ -122,11 +118,12 @@ def _settings(block) -> dict:
         return value.pattern if isinstance(value, re.Pattern) else type(value).__qualname__
 
     found = {}
-    for name, value in sorted(getattr(block, "__dict__", {}).items()):
-        if name.startswith("_") or name == "name":
-            continue
-        text = json.dumps(value, default=plain, sort_keys=True)
-        found[name] = json.loads(text) if len(text) < 200 else sha256(text.encode()).hexdigest()
+    for block in blocks:
+        for name, value in sorted(getattr(block, "__dict__", {}).items()):
+            if name.startswith("_") or name == "name":
+                continue
+            text = json.dumps(value, default=plain, sort_keys=True)
+            found[f"{block.name}.{name}"] = json.loads(text) if len(text) < 200 else sha256(text.encode()).hexdigest()
     return found
 
 

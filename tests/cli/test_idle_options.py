@@ -13,8 +13,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WITHOUT_TRAINING = ("constitution", "curate", "evol_instruct", "self_instruct")
 CONFIGS = [path for path in sorted((RECIPES / "configs").glob("*.yaml")) if not path.stem.startswith(WITHOUT_TRAINING)]
 NAMES = (
-    "best_of_n", "dpo", "grpo", "instruct", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law",
-    "sft", "spin",
+    "best_of_n", "classify", "dpo", "grpo", "instruct", "kto", "online_dpo", "ppo", "pretrain", "qa", "reward", "rloo",
+    "scaling_law", "sft", "spin",
 )  # fmt: skip
 OWN = {
     "dpo": PreferenceConfig, "kto": KTOConfig, "ppo": PPOConfig, "pretrain": PretrainingConfig,
@@ -70,7 +70,8 @@ def test_steps_on_the_command_line_set_the_strategy_of_an_embedded_configuration
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_configuration_of_a_recipe_has_idle_options(path, recipe):
-    name = next((name for name in NAMES if path.stem.startswith(name + "_")), "dpo")  # of IPO and ORPO, too
+    scripts = (script.stem for script in RECIPES.glob("*.py"))
+    name = next((name for name in scripts if path.stem.startswith(name + "_")), "dpo")  # of IPO and ORPO, too
     assert recipe(name, path=path)
     off = recipe(name, "--save_strategy", "no", "--eval_strategy", "no", path=path)
     assert (off.save_strategy, off.eval_strategy) == ("no", "no")
