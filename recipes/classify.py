@@ -1,4 +1,4 @@
-"""Train a classifier of texts or of pairs of texts: one label, several labels, or a number to predict.
+r"""Train a classifier of texts or of pairs of texts: one label, several labels, or a number to predict.
 
 The embedded default tells the kind of a request of the toy world, and takes a few seconds on a CPU:
     python recipes/classify.py

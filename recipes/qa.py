@@ -1,6 +1,6 @@
-"""Train a model that finds the answer to a question in a text (extractive question answering, as in SQuAD).
+r"""Train a model that finds the answer to a question in a text (extractive question answering, as in SQuAD).
 
-The embedded default asks about documents of the toy world, and takes about two minutes on a CPU:
+The embedded default asks about documents of the toy world, and takes about a minute on a CPU:
     python recipes/qa.py
 Your own model and data (columns question, context, answers), in a YAML file or as options:
     accelerate launch recipes/qa.py --config recipes/configs/qa_squad.yaml
