@@ -1,4 +1,4 @@
-"""A corpus becomes a clean corpus: near duplicates, and the quality of instruction data."""
+"""A corpus becomes a clean corpus, by blocks that each decide about documents; and the quality of instruction data."""
 
 from importlib import import_module
 
@@ -6,7 +6,9 @@ _HOME_OF = dict.fromkeys(("MinHashDedup", "candidate_pairs", "clusters", "signat
 _HOME_OF |= {"SubstringDedup": "substring"}
 _HOME_OF |= dict.fromkeys(("exact_answer", "measure_instructions", "select_instructions"), "instructions")
 _HOME_OF |= {"curate": "pipeline", "funnel_table": "pipeline", "ApplyBlocks": "steps"}
-_HOME_OF |= {"PIIRemover": "pii", "QualityRules": "quality_rules", "UrlFilter": "url_filter"}
+_HOME_OF |= {"ClassifierScorer": "classifiers", "LanguageFilter": "language", "PIIRemover": "pii"}
+_HOME_OF |= {"PerplexityFilter": "perplexity_filter", "QualityClassifier": "quality", "QualityRules": "quality_rules"}
+_HOME_OF |= {"ToxicityFilter": "toxicity", "UrlFilter": "url_filter"}
 """Public names by the module that has them. They are imported when they are first asked for."""
 __all__ = sorted(_HOME_OF)
 

@@ -7,7 +7,7 @@ postal addresses need a model that marks them, and are not found.
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from lifecycle_hf.curation.decisions import Decision
 
@@ -76,8 +76,7 @@ def _is_secret(found: str, before: str, after: str) -> bool:
 def _is_email(found: str, before: str, after: str) -> bool:
     """Return whether the domain ends in a public suffix, and neither a path (`git@host:path`) nor a call follows."""
     local, domain = found.rsplit("@", 1)
-    known = _suffixes()(domain.lower())
-    return bool(known.suffix and known.domain) and ".." not in local and not re.match(r"[(\[]|:[\w~/]", after)
+    return ".." not in local and not re.match(r"[(\[]|:[\w~/]", after) and _is_domain(domain.lower())
 
 
 @cache
@@ -85,6 +84,12 @@ def _suffixes():
     from tldextract import TLDExtract
 
     return TLDExtract(suffix_list_urls=(), cache_dir=None)  # the list in the package; nothing is fetched or written
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_domain(name: str) -> bool:
+    known = _suffixes()(name)
+    return bool(known.suffix and known.domain)
 
 
 def _is_iban(found: str, before: str, after: str) -> bool:

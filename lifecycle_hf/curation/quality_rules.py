@@ -19,7 +19,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from lifecycle_hf.curation.decisions import Decision
 from lifecycle_hf.data.templates import build
 
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]”’]*+(?=\s|$)")
 
 
 class Spaces(WordTokenizer):

@@ -72,7 +72,8 @@ class UrlFilter:
 
     def __call__(self, texts: Sequence[str], *, urls=None, domains=None) -> list[Decision]:
         """Return for each text whether its URL is blocked, and why."""
-        return [Decision(self._fault(url) if url and url.strip() else "") for url in urls or [None] * len(texts)]
+        pairs = zip(texts, urls or [None] * len(texts), strict=True)
+        return [Decision(self._fault(url) if url and url.strip() else "") for _, url in pairs]
 
     def _fault(self, url: str) -> str:
         from datatrove.data import Document

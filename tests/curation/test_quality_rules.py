@@ -1,6 +1,7 @@
 """Rules of Gopher and C4: what each removes, and the counts of repeated runs of words against datatrove's own."""
 
 import pickle
+import time
 
 import pytest
 from datatrove.data import Document
@@ -112,3 +113,14 @@ def test_words_and_sentences():
     text = 'He said "No." Then he left! It was 3.5 km… or so'
     assert Spaces().sent_tokenize(text) == ['He said "No."', " Then he left!", " It was 3.5 km… or so"]
     assert Spaces().word_tokenize(" a  b\n") == ["a", "b"] and Spaces().sent_tokenize(" ") == []
+
+
+@pytest.mark.parametrize("piece", ["word ", "a", ".", '."', "one two\n\n", "It is so. "])
+def test_the_time_grows_as_the_text(piece):
+    text = piece * (1_000_000 // len(piece))
+    rules = QualityRules(gopher_quality={"max_doc_words": None}, c4=True)
+    everything = QualityRules(gopher_quality=False, gopher_repetition={"dup_line_frac": 0, "dup_para_frac": 0})
+    start = time.process_time()
+    assert not rules([text])[0].kept
+    everything([text])
+    assert time.process_time() - start < 5

@@ -48,6 +48,11 @@ def test_own_lists(own, url, reason):
     assert own(["text"], urls=[url])[0].reason == reason
 
 
+def test_each_text_has_one_url(own):
+    with pytest.raises(ValueError, match="shorter"):
+        own(["a", "b"], urls=["https://bad.com"])
+
+
 def test_no_urls_keep_all(own):
     assert [decision.kept for decision in own(["a", ""])] == [True, True] and own([]) == []
 
