@@ -66,8 +66,8 @@ class SubstringDedup:
     ):  # fmt: skip
         if length < 1 or on not in ("span", "document") or max_memory < LEAST_MEMORY:
             raise ValueError(
-                f"SubstringDedup: {length=} must be at least 1, {on=} 'span' or 'document', and {max_memory=} at least "
-                f"{LEAST_MEMORY} bytes."
+                f"SubstringDedup: {length=} must be at least 1, {on=} 'span' or 'document', and {max_memory=} at "
+                f"least {LEAST_MEMORY} bytes."
             )
         tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if tokenizer is not None and not tokenizer.is_fast:
@@ -315,8 +315,7 @@ class _Corpus:
         """Yield the tokens of the flagged windows of each block and their places, with an end after each run."""
         for shard, at, places, values in self._blocks():
             starts = np.flatnonzero(self._open(shard)[1][places[: max(len(values) - self.length + 1, 0)]] & _REPEATED)
-            runs = merged(np.stack([starts, starts + self.length], 1)) if len(starts) else ()
-            for start, end in runs:
+            for start, end in merged(np.stack([starts, starts + self.length], 1)):
                 run = np.stack([values[start:end], np.arange(at + start, at + end).astype(np.uint64)])
                 yield np.concatenate([run, np.zeros((2, 1), np.uint64)], 1)
 
@@ -336,11 +335,12 @@ def first_equal(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def merged(spans: np.ndarray) -> np.ndarray:
-    """Return the union of spans [M, 2], M ≥ 1, as sorted spans that do not touch."""
+    """Return the union of spans [M, 2] as sorted spans that do not touch."""
     starts, ends = spans[np.argsort(spans[:, 0], kind="stable")].T
     ends = np.maximum.accumulate(ends)
-    new = np.concatenate([[True], starts[1:] > ends[:-1]])
-    return np.stack([starts[new], ends[np.append(new[1:], True)]], 1)
+    new = np.ones(len(starts), dtype=bool)
+    new[1:] = starts[1:] > ends[:-1]
+    return np.stack([starts[new], ends[np.roll(new, -1)]], 1)
 
 
 def _inside(values: np.ndarray, length: int) -> np.ndarray:

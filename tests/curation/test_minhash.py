@@ -5,7 +5,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from corpus_setting import local_runner, through_passes
 
+from lifecycle_hf.curation import MinHashDedup, SubstringDedup
+from lifecycle_hf.curation.hashing import digest
 from lifecycle_hf.curation.minhash import candidate_pairs, clusters, jaccard, shingles, signatures
 
 
@@ -106,3 +109,82 @@ def test_a_full_bucket_makes_few_pairs():
 def test_bands_divide_the_permutations():
     with pytest.raises(ValueError, match="10 permutations are no multiple of bands=3"):
         candidate_pairs(signatures(["a"], 1, 10), 3)
+
+
+def random_texts(count, size, draw):
+    """Texts of random words, so many of them that no two texts share a run of 5."""
+    return [" ".join(f"w{draw.randrange(5000)}" for _ in range(size)) for _ in range(count)]
+
+
+def test_planted_near_duplicates_are_found_and_nothing_else():
+    """A text of 99 words has 95 shingles of 5. Another word inside it changes 5 of them: J = 90 / 100."""
+    draw = random.Random(0)
+    texts = random_texts(3000, 99, draw)
+    planted = draw.sample(range(3000), 60)
+    for number, i in enumerate(planted):
+        words = texts[i].split()
+        words[draw.randrange(4, 95)] = f"new{number}"
+        texts.append(" ".join(words))
+    assert jaccard(shingles(texts[planted[0]], 5), shingles(texts[3000], 5)) == 0.9
+    decisions = MinHashDedup()(texts)
+    found = {frozenset((i, int(d.scores["duplicate_of"]))) for i, d in enumerate(decisions) if not d.kept}
+    pairs = {frozenset((i, 3000 + number)) for number, i in enumerate(planted)}
+    assert len(found & pairs) >= 0.98 * len(pairs) and len(found & pairs) >= 0.99 * len(found)
+    assert {d.scores["similarity"] for d in decisions if not d.kept} == {0.9}
+
+
+def test_the_longest_text_of_a_cluster_is_kept():
+    texts = ["a b c d e f", "a b c d e f", "other words", "a b c d e f g", "a b c d e f h", "Other words"]
+    decisions = MinHashDedup(n=1, bands=40, rows=1, threshold=0.7)(texts)  # J = 6/7, and 6/8 of g and h
+    longest = min((3, 4), key=lambda i: digest(texts[i].encode()))
+    words = min((2, 5), key=lambda i: digest(texts[i].encode()))
+    assert [i for i, decision in enumerate(decisions) if decision.kept] == sorted([longest, words])
+    assert decisions[0].reason == "near_duplicate"
+    assert decisions[0].scores == {"duplicate_of": longest, "similarity": 6 / 7}
+    assert decisions[7 - longest].scores == {"duplicate_of": longest, "similarity": 0.75}
+    assert [decision.kept for decision in MinHashDedup()(["same text", "same text", "", ""])] == [True, False] * 2
+
+
+def test_weak_links_do_not_join_a_chain():
+    """Neighbours in the chain share 9 of 15 words, J = 0.6; 64 bands of one row miss that with a chance of 0.4⁶⁴."""
+    texts = [" ".join(f"w{j}" for j in range(3 * i, 3 * i + 12)) for i in range(20)]
+    weak, strong = (MinHashDedup(n=1, bands=64, rows=1, threshold=t)(texts) for t in (0.61, 0.6))
+    assert all(decision.kept for decision in weak)
+    assert sum(decision.kept for decision in strong) == 1
+
+
+def texts_with_copies(draw):
+    texts = random_texts(60, 40, draw)
+    for text in draw.sample(texts, 20):
+        words = text.split()
+        words[draw.randrange(len(words))] = "new"
+        texts.append(" ".join(words))
+    return [*texts, *texts[:5], "", " ", "short"]
+
+
+def test_shards_in_any_order_keep_the_same_texts_as_memory_does(tmp_path):
+    draw, block = random.Random(1), MinHashDedup(n=2, bands=20, rows=2, threshold=0.7)
+    texts, kept = texts_with_copies(draw), []
+    for number, borders in enumerate([(), (30,), (0, 10, 10, 70)]):  # the last has empty shards
+        decisions = through_passes(block, texts, tmp_path / str(number), borders)
+        assert decisions == block(texts)
+        kept.append(sorted(text for text, decision in zip(texts, decisions) if decision.kept))
+        draw.shuffle(texts)
+    assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 62
+    assert through_passes(block, [], tmp_path / "empty") == block([]) == []
+
+
+@pytest.mark.parametrize("block", [MinHashDedup(), SubstringDedup(30)], ids=lambda block: block.name)
+def test_workers_do_not_change_the_decisions(block, tmp_path):
+    texts, expected = texts_with_copies(random.Random(2)), None
+    for workers in (1, 2, 4):
+        runner = local_runner(tmp_path / f"logs{workers}", workers)
+        found = through_passes(block, texts, tmp_path / str(workers), (20, 40, 60), runner)
+        expected = expected or block(texts)
+        assert found == expected and not all(decision.kept for decision in found)
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"bands": 0}, {"threshold": 0}, {"threshold": 1.1}])
+def test_options_have_bounds(options):
+    with pytest.raises(ValueError, match="must be at least 1, and threshold="):
+        MinHashDedup(**options)
