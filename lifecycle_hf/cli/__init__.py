@@ -14,6 +14,7 @@ from lifecycle_hf.cli.arguments import (
     trainer_inputs,
 )
 from lifecycle_hf.cli.constituting import ConstitutionArguments, constitute
+from lifecycle_hf.cli.curating import CurationArguments, curate_and_report
 from lifecycle_hf.cli.instructing import InstructArguments, instruct
 from lifecycle_hf.cli.parsing import parse
 from lifecycle_hf.cli.running import (

@@ -138,6 +138,8 @@ class QualityRules:
         self, *, gopher_quality: Mapping | bool = True, gopher_repetition: Mapping | bool = True,
         c4: Mapping | bool = False, language: str | None = None,
     ):  # fmt: skip
+        self.options = {"gopher_quality": gopher_quality, "gopher_repetition": gopher_repetition, "c4": c4}
+        self.options["language"] = language
         words = {"language": Spaces() if language is None else language}
         groups = (
             (_C4, c4, "c4"),

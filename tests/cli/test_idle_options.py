@@ -10,7 +10,7 @@ from trl import ModelConfig
 from lifecycle_hf import KTOConfig, PPOConfig, PreferenceConfig, PretrainingConfig, RewardConfig, SFTConfig, cli
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-WITHOUT_TRAINING = ("constitution", "evol_instruct", "self_instruct")
+WITHOUT_TRAINING = ("constitution", "curate", "evol_instruct", "self_instruct")
 CONFIGS = [path for path in sorted((RECIPES / "configs").glob("*.yaml")) if not path.stem.startswith(WITHOUT_TRAINING)]
 NAMES = (
     "best_of_n", "dpo", "grpo", "instruct", "kto", "online_dpo", "ppo", "pretrain", "reward", "rloo", "scaling_law",
