@@ -15,7 +15,6 @@ Plain Python runs at the smallest size alone; it holds the corpus in memory.
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -23,7 +22,9 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from hashlib import blake2b
+from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data import topics
 
@@ -210,8 +211,8 @@ def main() -> None:
         for block, side in [(name, side) for name in args.blocks for side in SIDES[name]]:
             told = []
             for size in list(sizes)[: 1 if side.startswith("plain") else 2]:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    told.append(pool.apply(measure, (block, side, str(corpora[size]))))
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    told.append(pool.submit(measure, block, side, str(corpora[size])).result())
                 told[-1] |= {"block": block, "side": side, "megabytes": sizes[size]}
                 print(told[-1], file=sys.stderr, flush=True)
             found += told
