@@ -35,6 +35,13 @@ SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "
 """Sizes of a new reference model."""
 
 
+LEARNT_FROM = (
+    "dataset_name", "trusted_dataset", "untrusted_dataset", "sample_size", "reference_model", "reference_steps",
+    "perplexity_upper", "seed",
+)  # fmt: skip
+"""Options that decide what blocks learn."""
+
+
 @dataclass
 class CurationArguments:
     """Hold the input, the steps and their options, and the folder of the results."""
@@ -70,7 +77,7 @@ class CurationArguments:
         default_factory=lambda: list(GROUPS[:2]), metadata={"help": f"rules: groups of {', '.join(GROUPS)}."}
     )
     trusted_dataset: str | None = field(
-        default=None, metadata={"help": "quality, perplexity: text to learn from, a file, folder or Hub name."}
+        default=None, metadata={"help": "quality, perplexity: text to learn from; a file, folder or Hub name."}
     )
     untrusted_dataset: str | None = field(
         default=None, metadata={"help": "quality: text to tell it from; a sample of the input by default."}
@@ -152,10 +159,8 @@ class Blocks:
         for option, given, known in (("steps", args.steps, makers), ("rules", args.rules, GROUPS)):
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"{option}: {unknown[0]!r} is unknown, known are {', '.join(known)}.")
-        names = ("dataset_name", "trusted_dataset", "untrusted_dataset", "sample_size", "reference_model", "reference_steps",
-                 "perplexity_upper", "seed")  # fmt: skip
         if {"quality", "perplexity"} & set(args.steps):
-            check_settings(self.models / "settings.json", {name: getattr(args, name) for name in names})
+            check_settings(self.models / "settings.json", {name: getattr(args, name) for name in LEARNT_FROM})
         return [makers[name]() for name in args.steps]
 
     def _needed(self, option: str) -> str:
@@ -166,12 +171,19 @@ class Blocks:
         return value
 
     def _trusted(self) -> list[str]:
+        if self.args.dataset_name == "python":
+            return crawl.trusted()
         if not self.args.trusted_dataset:
             raise ValueError(
-                f"The steps {' '.join(self.args.steps)} need trusted_dataset, such as articles of an encyclopedia: "
-                "give it, or leave quality and perplexity out of steps."
+                "The steps quality and perplexity need trusted_dataset, such as articles of an encyclopedia: give it, "
+                "or leave them out of steps."
             )
         return _texts(self.args.trusted_dataset)
+
+    def _untrusted(self) -> list[str]:
+        if self.args.dataset_name == "python":
+            return crawl.junk()
+        return _texts(self.args.untrusted_dataset) if self.args.untrusted_dataset else self._sample()[0]
 
     def _sample(self) -> tuple[list[str], list[str | None]]:
         """Return the texts and domains of documents of the input, taken evenly from its files."""
@@ -186,8 +198,7 @@ class Blocks:
         if args.quality_model:
             return QualityClassifier(args.quality_model, **options)
         if not (folder / "quality.json").exists():
-            others = _texts(args.untrusted_dataset) if args.untrusted_dataset else self._sample()[0]
-            QualityClassifier.train(self._trusted(), others, seed=args.seed).save(folder)
+            QualityClassifier.train(self._trusted(), self._untrusted(), seed=args.seed).save(folder)
         block = QualityClassifier(folder, **options)
         print("Quality classifier on held-out text: AUC {auc:.3f}, ECE {ece:.3f}".format(**block.report))
         return block
@@ -222,10 +233,7 @@ def train_reference(texts: list[str], folder: str, steps: int, seed: int) -> Non
 
 
 def _texts(name: str) -> list[str]:
-    """Return the texts of a dataset; `python` and `junk` are those of the embedded crawl."""
-    own = {"python": crawl.trusted, "junk": crawl.junk}
-    if name in own:
-        return own[name]()
+    """Return the texts of a dataset."""
     rows = next(iter(find_splits(name, "pretrain").values()))
     if "text" not in rows.column_names:
         raise ValueError(f"{name} has the columns {rows.column_names}, and needs text. Rename the column.")

@@ -5,6 +5,7 @@ import random
 import string
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from lifecycle_hf.curation.minhash import clusters
@@ -39,6 +40,7 @@ _SPAM = (
 )
 
 
+@cache
 def documents() -> list[str]:
     """Return Python's reference and the longer docstrings of its library in pieces of a page, no two of them alike.
 
