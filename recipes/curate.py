@@ -1,12 +1,10 @@
-"""Make a corpus of a crawl: filter URLs, apply rules, replace personal data, and remove near and exact duplicates.
+"""Make a clean corpus of a crawl: filter URLs and documents, replace personal data, remove duplicates.
 
-The embedded crawl, Python's documentation with planted faults, takes about a minute:
+The embedded default is a small crawl of Python's documentation with planted faults, and takes about a minute on a CPU:
     python recipes/curate.py
-Your own crawl (JSON lines, CSV, Parquet, WARC, WET or text, also .gz and .zst); a killed run goes on:
-    python recipes/curate.py CRAWL --output_dir output/mine --workers 8 --tasks 64
-With a classifier of quality, and a reference model that recipes/pretrain.py trained:
-    python recipes/curate.py CRAWL --output_dir output/mine --steps url rules pii quality perplexity minhash substring
-        --trusted BOOKS --reference_model output/reference
+Your own files, with trusted text for the classifier of quality; the same command again goes on where it was stopped:
+    python recipes/curate.py CRAWL --output_dir output/mine --trusted_dataset ARTICLES --workers 8
+    python recipes/curate.py CRAWL --output_dir output/mine --steps url rules pii minhash substring
 Then pretrain on it:
     python recipes/pretrain.py --dataset_name output/mine
 """
@@ -15,12 +13,10 @@ import sys
 from pathlib import Path
 
 from lifecycle_hf import cli
-from lifecycle_hf.cli.curating import CurateArguments, curate_and_report
+from lifecycle_hf.cli.curating import CurationArguments, curate_and_report
 
 if __name__ == "__main__":
     default = Path(__file__).parent / "configs" / "curate_python.yaml"
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--source", *argv]
-    (args,) = cli.parse((CurateArguments,), default, argv, description=__doc__)
-    curate_and_report(args)
+    if sys.argv[1:] and not sys.argv[1].startswith("--"):
+        sys.argv.insert(1, "--dataset_name")
+    curate_and_report(*cli.parse((CurationArguments,), default, description=__doc__))

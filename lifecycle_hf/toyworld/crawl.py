@@ -1,133 +1,200 @@
-"""A small crawl of which it is known what is wrong with it: Python's documentation with planted faults."""
+"""A small crawl whose faults are known: Python's documentation, with copies, junk, personal data and blocked pages."""
 
-import importlib
-import inspect
-import pkgutil
+import ast
 import random
-import warnings
-from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+import string
+import sysconfig
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from lifecycle_hf.curation.minhash import clusters
-from lifecycle_hf.data.json_lines import read_samples, write_samples
+from lifecycle_hf.data.corpora import python_documentation
 
-PLANTED = {
-    "copy": "equal documents", "near copy": "near duplicates", "boilerplate": "copies of a long run",
-    "garbage": "documents of garbage", "blocked URL": "documents of blocked sites", "PII": "personal data and secrets",
-    "clean": "for comparison: clean documents",
-}  # fmt: skip
-PERSONAL = (
-    "jane.doe@example.org", "93.184.216.34", "+49 30 901820", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00",
-    "AKIAIOSFODNN7EXAMPLE",
-)  # fmt: skip
+LENGTHS = (1200, 3000)
+"""Fewest and most characters of a document, unless one paragraph is longer."""
+LONG = 40
+"""Fewest words of a docstring."""
+TRUSTED = 4
+"""Every fourth document of Python is trusted text, and not in the crawl."""
+PLANTED = {"blocked page": 20, "garbage": 30, "spam": 40, "exact copy": 20, "near copy": 20, "long run": 12,
+           "personal data": 30}  # fmt: skip
 NOTICE = (
-    "You are reading a copy of this page that was made for readers without a connection. It may be older than the "
-    "page that it was copied from, and nobody answers questions about it. If you find a mistake, look first whether "
-    "the newest page still has it, and then write to those who keep the page, with the number of the line, the words "
-    "that are wrong, and the words that you would put there, so that the next copy of it can be a better one."
+    "You are reading an archived copy of this page, which volunteers keep for study and for research. It is given "
+    "as it is, without any promise that its text is right, complete or of use for what you have in mind. Whoever "
+    "copies the page to another place keeps this notice in it, names the archive as the source, and tells the "
+    "readers that the page can be older than the one that it was taken from. Write to the archive where a page "
+    "should not be kept, and it is deleted."
 )
-MODULES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing",
-           "unittest", "urllib", "xml")  # fmt: skip
-
-
-def documents() -> list[str]:
-    """Return the topics of Python's documentation in pieces, and long docstrings of the standard library.
-
-    The documentation has near duplicates of its own; of each cluster of them the first is returned.
-    """
-    texts = []
-    for text in topics.values():
-        paragraphs, piece = text.split("\n\n"), ""
-        for paragraph in paragraphs:
-            piece += paragraph + "\n\n"
-            if len(piece) > 1500:
-                texts.append(piece)
-                piece = ""
-    for module in map(importlib.import_module, MODULES):
-        for found in [module, *(importlib.import_module(m.name) for m in _submodules(module))]:
-            for _, member in inspect.getmembers(found):
-                told = inspect.getdoc(member) or ""
-                if len(told) > 600 and getattr(member, "__module__", "").startswith(MODULES):
-                    texts.append(told)
-    return [texts[i] for i in sorted(set(clusters(texts, 0.6).tolist()))]
-
-
-def _submodules(package):
-    for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}."):
-        with suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if "__main__" not in module.name and importlib.import_module(module.name):
-                yield module
-
-
-def planted_crawl(folder: Path, seed: int = 0) -> Path:
-    """Write `crawl.jsonl` with columns id, url and text into a folder, and return its path.
-
-    The id of a document tells what was planted: "KIND/number" of the keys of `PLANTED`, else "clean/number". A column
-    "original" of copies has the id of that document.
-    """
-    rng, rows = random.Random(seed), []
-
-    def add(kind: str, text: str, site: str = "docs.example.org", original: str | None = None) -> None:
-        number = sum(row["id"].startswith(f"{kind}/") for row in rows)
-        url = f"https://{site}/{kind.replace(' ', '-')}/{number}"
-        rows.append({"id": f"{kind}/{number}", "url": url, "text": text, "original": original})
-
-    for text in documents():
-        add("clean", text)
-    few, clean = len(rows) // 20, [row for row in rows if len(row["text"]) > 1200]
-    for i, row in enumerate(rng.sample(clean, 2 * few)):
-        words = row["text"].split(" ")
-        if i % 2:
-            words[len(words) // 2] += " nevertheless"
-        add("near copy" if i % 2 else "copy", " ".join(words), original=row["id"])
-    for _ in range(few):
-        add("boilerplate", f"{_sentences(rng, 8)} {NOTICE} {_sentences(rng, 8)}")
-        add("garbage", " ".join("".join(rng.choices("#$%&*{}|~0123456789", k=9)) for _ in range(90)))
-        add("blocked URL", _sentences(rng, 14), site="pornhub.com")
-        add("PII", " ".join(f"{_sentences(rng, 3)} Write it down: {text}." for text in PERSONAL))
-    rng.shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_samples(folder / "crawl.jsonl", rows)
-    return folder / "crawl.jsonl"
-
-
-def _sentences(rng: random.Random, count: int) -> str:
-    """Return sentences of the words of the documentation, which stand in no other document."""
-    made = (" ".join(rng.choices(_words(), k=rng.randint(10, 18))) for _ in range(count))
-    return " ".join(f"{text.capitalize()}." for text in made)
+"""A run of 92 words, which is planted in several documents."""
+_OFFERS = ("watches", "pills", "loans", "tickets", "phones", "shoes", "courses", "rings")
+_PRAISE = ("amazing", "free", "cheap", "exclusive", "incredible", "best", "secret", "luxury", "instant", "new")
+_SPAM = (
+    "Buy the {praise} {offer} of the year and save up to {number} percent today.",
+    "Click on the link and we will send you {praise} {offer} with free delivery.",
+    "All of our customers love the {praise} {offer}, and you will love them too.",
+    "This {praise} deal on {offer} ends in {number} hours, so do not wait to order.",
+    "Sign up for the newsletter and be the first to hear of {praise} {offer}.",
+    "Thousands have made money with {praise} {offer} from home, and that without any work.",
+    "It is the {praise} way to get {offer} that doctors and banks do not want you to know.",
+)
 
 
 @cache
-def _words() -> list[str]:
-    return [word for text in topics.values() for word in text.split() if word.isalpha()]
+def documents() -> list[str]:
+    """Return Python's reference and the longer docstrings of its library in pieces of a page, no two of them alike.
+
+    A page of which less than 85 % are letters and blanks, such as a table or code, is left out.
+    """
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    texts = [*python_documentation()["text"], *map(_docstrings, modules)]
+    pieces = [piece for text in texts for piece in _pieces(text) if _letters(piece) >= 0.85]
+    return [piece for i, (piece, first) in enumerate(zip(pieces, clusters(pieces, 0.5))) if first == i]
 
 
-def measure_curation(source: Path, data: Iterable[dict]) -> list[tuple[str, int, int]]:
-    """Return (what was planted, how many, how many of them curation found), and the same of clean documents last.
+def trusted() -> list[str]:
+    """Return the documents that are trusted."""
+    return documents()[::TRUSTED]
 
-    A copy is found if it or its original is gone. Of a long run all copies but one are to be found. Of clean documents
-    those are counted that are gone without a copy that stays.
+
+def junk(seed: int = 1, n: int = 60) -> list[str]:
+    """Return spam and garbage, other than that of a crawl with another seed."""
+    draw = random.Random(seed)
+    return [_spam(draw) if i % 2 else _garbage(draw, i) for i in range(n)]
+
+
+def crawl(seed: int = 0) -> list[dict]:
+    """Return the rows of a crawl, shuffled: "id", "text", "url", "domain", and what was "planted" in the document.
+
+    "planted" is "" or a key of [`PLANTED`], "original" the id of the original of a copy, and "items" the strings of
+    personal data.
+    """
+    draw, pages = random.Random(seed), documents()
+    clean = [page for i, page in enumerate(pages) if i % TRUSTED]
+    rows = [{"text": text, "planted": "", "original": "", "items": []} for text in clean]
+    draw.shuffle(rows)
+    hosts = iter(rows)
+    for kind in ("long run", "personal data", "blocked page"):
+        for _ in range(PLANTED[kind]):
+            row = next(hosts)
+            row["planted"] = kind
+            if kind == "long run":
+                row["text"] += f"\n\n{NOTICE}"
+            elif kind == "personal data":
+                row["items"] = _personal(draw)
+                row["text"] += "\n\nWrite or call: {}, {}; pay by {} or {}; log in at {} with {}.".format(
+                    *row["items"]
+                )
+    for i, row in enumerate(rows):
+        row |= {"id": f"page-{i}", "url": f"https://docs{i % 7}.example.org/page/{i}", "domain": "docs"}
+        if row["planted"] == "blocked page":
+            row["url"] = f"https://www.888casino.com/offers/{i}"
+    for kind in ("exact copy", "near copy"):
+        for _ in range(PLANTED[kind]):
+            one = next(hosts)
+            text = one["text"] if kind == "exact copy" else _altered(one["text"], draw)
+            rows.append(_row(f"copy-{len(rows)}", text, kind) | {"original": one["id"]})
+    for kind, write in (("garbage", _garbage), ("spam", lambda draw, i: _spam(draw))):
+        rows += [_row(f"{kind}-{i}", write(draw, i), kind) for i in range(PLANTED[kind])]
+    draw.shuffle(rows)
+    return rows
+
+
+def found(rows: Iterable[dict], kept: dict[str, str], removed: dict[str, set[str]]) -> list[list]:
+    """Return [kind, step that is made for it, planted, found, clean documents that this step removed] of each kind.
+
+    A document, an original or its copy, a long run but one, or a string of personal data is found if it is not in the
+    clean corpus.
 
     Args:
-        source: the file of [`planted_crawl`].
-        data: the rows that are left, with "id" and "text".
+        rows: of [`crawl`].
+        kept: {id: text} of the clean corpus.
+        removed: {step: ids of the documents that it removed}.
     """
-    left, planted = {row["id"]: row["text"] for row in data}, defaultdict(list)
-    for row in read_samples(source):
-        planted[row["id"].split("/")[0]].append(row)
-    found = {kind: sum(row["id"] not in left for row in own) for kind, own in planted.items()}
-    counts = {kind: len(own) for kind, own in planted.items()}
-    for kind in ("copy", "near copy"):
-        found[kind] = sum(not {row["id"], row["original"]} <= left.keys() for row in planted[kind])
-    counts["boilerplate"] -= 1
-    found["boilerplate"] = counts["boilerplate"] + 1 - sum(NOTICE in text for text in left.values())
-    counts["PII"] *= len(PERSONAL)
-    found["PII"] = sum(part not in left.get(row["id"], "") for row in planted["PII"] for part in PERSONAL)
-    kept = {row["original"] for kind in ("copy", "near copy") for row in planted[kind] if row["id"] in left}
-    found["clean"] = sum(row["id"] not in left and row["id"] not in kept for row in planted["clean"])
-    return [(label, counts[kind], found[kind]) for kind, label in PLANTED.items()]
+    rows, table = list(rows), []
+    clean = {row["id"] for row in rows if not row["planted"]} - {row["original"] for row in rows}
+    for kind, step in zip(PLANTED, ("url", "rules", "quality", "minhash", "minhash", "substring", "pii")):
+        planted = [row for row in rows if row["planted"] == kind]
+        if step not in removed:
+            continue
+        if kind == "long run":
+            gone = sorted(NOTICE not in kept.get(row["id"], "") for row in planted)[1:]
+        elif kind == "personal data":
+            gone = [item not in kept.get(row["id"], "") for row in planted for item in row["items"]]
+        else:
+            pairs = [{row["id"], row["original"] or row["id"]} for row in planted]
+            gone = [not pair <= kept.keys() for pair in pairs]
+        table.append([kind, step, len(gone), sum(gone), len(clean & removed[step])])
+    return table
+
+
+def _row(name: str, text: str, kind: str) -> dict:
+    page = {"id": name, "text": text, "url": f"https://{name}.example.net", "domain": "web"}
+    return page | {"planted": kind, "original": "", "items": []}
+
+
+def _docstrings(path: Path) -> str:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (
+        ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)
+    )
+    return "\n\n".join(text for text in dict.fromkeys(found) if len(text.split()) >= LONG)
+
+
+def _letters(text: str) -> float:
+    return sum(letter.isalpha() or letter.isspace() for letter in text) / len(text)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text in pieces of whole paragraphs; a last one that is too short is left out."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > LENGTHS[1]:
+            yield piece.strip("\n")
+            piece = ""
+        piece += f"{paragraph}\n\n"
+    if len(piece) >= LENGTHS[0]:
+        yield piece.strip("\n")
+
+
+def _altered(text: str, draw: random.Random) -> str:
+    """Return the text with every hundredth word replaced: a Jaccard similarity of runs of five words of about .9."""
+    parts = text.split(" ")
+    words = [i for i, part in enumerate(parts) if part.isalpha()]
+    for start in range(0, len(words), 100):
+        parts[draw.choice(words[start : start + 100])] = "".join(draw.choices(string.ascii_lowercase, k=8))
+    return " ".join(parts)
+
+
+def _garbage(draw: random.Random, i: int) -> str:
+    """Return signs without words, one line again and again, or a few words."""
+    if i % 3 == 0:
+        return "".join(draw.choices(string.punctuation + string.digits + "   ", k=draw.randint(400, 2000)))
+    line = " ".join("".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 9))) for _ in range(8))
+    return f"{line}\n" * draw.randint(20, 60) if i % 3 == 1 else line
+
+
+def _spam(draw: random.Random) -> str:
+    def sentence(pattern):
+        words = {"praise": draw.choice(_PRAISE), "offer": draw.choice(_OFFERS), "number": draw.randint(5, 95)}
+        return pattern.format(**words)
+
+    return "\n".join(map(sentence, draw.sample(_SPAM, 6)))
+
+
+def _personal(draw: random.Random) -> list[str]:
+    """Return an e-mail address, a phone number, a card, an IBAN, an IP address and a key that are all well formed."""
+    name = "".join(draw.choices(string.ascii_lowercase, k=8))
+    card = [4, *draw.choices(range(10), k=14)]
+    total = sum(sum(divmod(2 * digit, 10)) if i % 2 == 0 else digit for i, digit in enumerate(card))
+    number = "".join(map(str, [*card, -total % 10]))
+    account = "".join(draw.choices(string.digits, k=18))
+    check = 98 - int(f"{account}131400") % 97  # D = 13, E = 14
+    return [
+        f"{name}@mail.{draw.choice(['com', 'org', 'de'])}",
+        f"+44 20 7946 {draw.randint(0, 9999):04d}",
+        " ".join(number[i : i + 4] for i in range(0, 16, 4)),
+        f"DE{check:02d}{account}",
+        f"8.{draw.randint(8, 200)}.{draw.randint(1, 200)}.{draw.randint(1, 250)}",
+        "AKIA" + "".join(draw.choices(string.ascii_uppercase + "234567", k=16)),
+    ]
