@@ -198,7 +198,10 @@ class Blocks:
         if args.quality_model:
             return QualityClassifier(args.quality_model, **options)
         if not (folder / "quality.json").exists():
-            QualityClassifier.train(self._trusted(), self._untrusted(), seed=args.seed).save(folder)
+            sides = self._trusted(), self._untrusted()
+            size = min(map(len, sides))  # as many of each, so that P = 1/2 means as likely in one as in the other
+            sides = [[side[i * len(side) // size] for i in range(size)] for side in sides]
+            QualityClassifier.train(*sides, seed=args.seed).save(folder)
         block = QualityClassifier(folder, **options)
         print("Quality classifier on held-out text: AUC {auc:.3f}, ECE {ece:.3f}".format(**block.report))
         return block

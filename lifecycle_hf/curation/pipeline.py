@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -250,6 +251,12 @@ def _alone(work: Path) -> Iterator[None]:
 
 def _publish(report: dict, output: Path) -> None:
     """Move the data and what was removed to their place, draw the funnel, and write the report last."""
+    before = None
+    for row in report["steps"]:
+        if before and not row["documents"]:
+            told = f"The step {row['step']!r} removed all {before:,} documents that were left: see {output}/removed."
+            warnings.warn(f"{told} Change its options, and start with another output_dir.", stacklevel=3)
+        before = row["documents"]
     for name in ("removed", "data"):
         made = output / "work" / name
         for part in made.rglob(".*.part") if made.exists() else ():  # of a killed run

@@ -215,6 +215,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_a_step_that_leaves_nothing_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=f"The step 'short' removed all {len(TEXTS)} documents that were left"):
+        report = curate(write_input(tmp_path / "in"), tmp_path / "out", [Short(least=1000), Mail()], tasks=1)
+    assert report["steps"][-1]["documents"] == 0
+
+
 def runs(process: str) -> bool:
     """Return whether a process runs; one that has ended may wait for its parent."""
     try:
