@@ -107,11 +107,11 @@ class ApplyBlocks(Step):
     """
 
     def __init__(
-        self, blocks: Sequence[Block], folder: Path, tokenizer: str | None = None,
+        self, blocks: Sequence[Block], folder: str | Path, tokenizer: str | None = None,
         decided: tuple[CorpusBlock, Path] | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.blocks, self.folder, self.tokenizer, self.decided = list(blocks), folder, tokenizer, decided
+        self.blocks, self.folder, self.tokenizer, self.decided = list(blocks), Path(folder), tokenizer, decided
 
     def run(self, data, rank=0, world_size=1):
         names = [block.name for block in ([self.decided[0]] if self.decided else []) + self.blocks]
