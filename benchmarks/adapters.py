@@ -11,6 +11,7 @@ gives word for word. The perplexity is that of a text that has nothing to do wit
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--held_out", type=int, default=128, help="rows that are scored")
+    parser.add_argument("--held_out", type=int, default=80, help="rows that are scored")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a timed decoding")
     parser.add_argument("--ewc", type=float, default=1e3, help="weight of EWC in the runs with it")
     parser.add_argument("--output", default="output/adapters", help="folder of the results")
@@ -68,6 +69,7 @@ def load_data(args) -> tuple[list[dict], list[dict], list[str], list[str]]:
     else:
         rows = [{k: v.replace("<|endoftext|>", "") for k, v in row.items()} for row in read_rows(args.task)]
         rows = [row for row in rows if row["completion"].strip()]
+        random.Random(0).shuffle(rows)  # the file is sorted by classes
         whole = Path(args.text).read_text()
         texts = [whole[start : start + 1000] for start in range(0, 128_000, 1000)]
     half = len(texts) // 2

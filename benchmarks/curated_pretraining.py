@@ -1,7 +1,7 @@
 """Pretraining on the curated embedded crawl against pretraining on the raw one, at equal tokens.
 
     export OMP_NUM_THREADS=1
-    python benchmarks/curated_pretraining.py               # three seeds, about six CPU minutes
+    python benchmarks/curated_pretraining.py               # three seeds, about twelve CPU minutes
     python benchmarks/curated_pretraining.py --seeds 0 --steps 5
 
 The crawl is that of recipes/curate.py, which curates it by its default steps. Its trusted text is one half of the

@@ -1,7 +1,7 @@
 """DoReMi on three real domains: a model trained by the weights it finds against one trained by uniform weights.
 
     export OMP_NUM_THREADS=1
-    python benchmarks/doremi.py --data /work/shared/data      # about five CPU minutes; a seed is written at once
+    python benchmarks/doremi.py --data DIR                    # about ten CPU minutes; a seed is written at once
     python benchmarks/doremi.py --data DIR --seeds 0 --steps 20 --smoke
 
 The domains are Shakespeare (`tinyshakespeare.txt` in DIR), Python's documentation, and GSM8K's questions and answers
@@ -81,9 +81,9 @@ def run(seed: int, args, texts: dict[str, list[str]], tokenizer, folder: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200, help="of each model")
+    parser.add_argument("--steps", type=int, default=100, help="of each model")
     parser.add_argument("--batch", type=int, default=24, help="rows of a step")
     parser.add_argument("--step_size", type=float, default=0.1, help="η")
     parser.add_argument("--smoke", action="store_true", help="a tenth of the texts")

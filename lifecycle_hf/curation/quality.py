@@ -1,6 +1,5 @@
 """Keep documents that look like trusted text, by a classifier that is trained on trusted and on crawled text."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -12,6 +11,7 @@ from scipy.special import expit
 
 from lifecycle_hf.curation.classifiers import ClassifierScorer, Scorer, class_probabilities
 from lifecycle_hf.curation.decisions import Decision
+from lifecycle_hf.curation.hashing import digest
 from lifecycle_hf.evaluation.calibration import expected_calibration_error
 
 _WEIGHTS, _NOTES = "quality.safetensors", "quality.json"
@@ -159,6 +159,6 @@ class QualityClassifier:
         """Return the score from which on a text is kept."""
         if self.pareto is None:
             return self.threshold
-        key = hashlib.blake2b(f"{self.seed} {text}".encode("utf-8", "replace"), digest_size=7).digest()
-        left = 1 - int.from_bytes(key, "little") / 2**56  # in (0, 1]
+        key = digest(f"{self.seed} {text}".encode("utf-8", "replace"))
+        left = 1 - (key >> 11) / 2**53  # in (0, 1], exact in double precision
         return 2 - left ** (-1 / self.pareto)  # 1 − X

@@ -17,6 +17,7 @@ from datatrove.utils.text import split_into_sentences, split_into_words
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from lifecycle_hf.curation.decisions import Decision
+from lifecycle_hf.curation.hashing import ODD
 from lifecycle_hf.data.templates import build
 
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]”’]*+(?=\s|$)")
@@ -52,9 +53,8 @@ class _Repetition(GopherRepetitionFilter):
         words, (top, repeated) = split_into_words(text, self.language), self.runs
         longest, count = max(map(len, words), default=0), len(words)
         for n, most in sorted(top):
-            if count * (n * longest + n - 1) > most * len(
-                text
-            ):  # a longer run stands no more often than a shorter one
+            # A longer run stands no more often than a shorter one, so `count` bounds it.
+            if count * (n * longest + n - 1) > most * len(text):
                 counts = Counter(zip(*(words[i:] for i in range(n))))
                 run, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
                 if len(" ".join(run)) * count / len(text) > most:
@@ -76,7 +76,7 @@ def covered_characters(words: Sequence[str], n: int) -> int:
     again = np.ones(max(0, len(words) - n + 1), dtype=np.int64)
     runs = np.zeros(len(again), dtype=np.uint64)
     for i in range(n):
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + len(again)]
+        runs = runs * np.uint64(ODD) + hashes[i : i + len(again)]
     again[np.unique(runs, return_index=True)[1]] = 0
     if not again.any():
         return 0

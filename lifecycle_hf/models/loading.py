@@ -36,13 +36,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _AUTO = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
-_KINDS = {
-    "CAUSAL_LM": "language model", "QUESTION_ANS": "question-answering model", "SEQ_2_SEQ_LM": "encoder-decoder model",
-    "SEQ_CLS": "reward model",
-}  # fmt: skip
+_KINDS = {"CAUSAL_LM": "language model", "QUESTION_ANS": "question-answering model", "SEQ_CLS": "reward model"}
 _PAD_NAME = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 _OTHER_MODALITY = re.compile(r"image|vision|video|audio", re.IGNORECASE)

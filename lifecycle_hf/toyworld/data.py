@@ -164,9 +164,15 @@ def dataset(stage: str, seed: int = 0) -> DatasetDict:
     """
     if stage not in _STAGES:
         raise ValueError(f"toy world has no stage {stage!r}; choose one of {', '.join(_STAGES)}")
-    make, *sizes = _STAGES[stage]
+    return drawn_splits(stage, *_STAGES[stage], seed)
+
+
+def drawn_splits(
+    name: str, make: Callable[[random.Random, bool], dict], train: int, test: int, seed: int
+) -> DatasetDict:
+    """Return so many train and test rows of `make(rng, held_out)`, drawn by the seed and the name of the dataset."""
     splits = {}
-    for split, size in zip(("train", "test"), sizes, strict=True):
-        rng = random.Random(f"{stage} {split} {seed}")
+    for split, size in (("train", train), ("test", test)):
+        rng = random.Random(f"{name} {split} {seed}")
         splits[split] = Dataset.from_list([make(rng, split == "test") for _ in range(size)])
     return DatasetDict(splits)

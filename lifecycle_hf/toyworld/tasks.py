@@ -4,9 +4,9 @@ import random
 import re
 from functools import lru_cache
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
-from lifecycle_hf.toyworld.data import draw_request
+from lifecycle_hf.toyworld.data import draw_request, drawn_splits
 from lifecycle_hf.toyworld.dialogue import requests
 from lifecycle_hf.toyworld.world import FACTS, LANDS, NOUNS, document, is_held_out
 
@@ -59,9 +59,4 @@ def task_dataset(task: str, seed: int = 0) -> DatasetDict:
 
     No request of "classify" and no document of "qa" is in both splits.
     """
-    make, *sizes = TASKS[task]
-    splits = {}
-    for split, size in zip(("train", "test"), sizes, strict=True):
-        rng = random.Random(f"{task} {split} {seed}")
-        splits[split] = Dataset.from_list([make(rng, split == "test") for _ in range(size)])
-    return DatasetDict(splits)
+    return drawn_splits(task, *TASKS[task], seed)
