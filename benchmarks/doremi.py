@@ -1,7 +1,7 @@
 """DoReMi on three real domains: a model trained by the weights it finds against one trained by uniform weights.
 
     export OMP_NUM_THREADS=1
-    python benchmarks/doremi.py --data DIR                    # about ten CPU minutes; a seed is written at once
+    python benchmarks/doremi.py --data DIR                    # about three CPU minutes; a seed is written at once
     python benchmarks/doremi.py --data DIR --seeds 0 --steps 20 --smoke
 
 The domains are Shakespeare (`tinyshakespeare.txt` in DIR), Python's documentation, and GSM8K's questions and answers
