@@ -1,12 +1,15 @@
 """What full fine-tuning, LoRA, QLoRA, bottleneck adapters and prefix tuning cost and gain on one task.
 
+    export OMP_NUM_THREADS=1
     python benchmarks/adapters.py --model PATH                       # SmolLM2-135M, three seeds, with and without EWC
     python benchmarks/adapters.py --methods lora bottleneck --seeds 0
+    python benchmarks/adapters.py --tune                             # another seed, other rows, several learning rates
     python benchmarks/adapters.py --smoke                            # two steps of the toy world's new model: a minute
 
 Each run is a process of its own, so that its peak of memory is its own, and is not made again if its result stands.
 The task is prompts with short answers (AG News of T0); the score is the share of held-out answers that greedy decoding
-gives word for word. The perplexity is that of a text that has nothing to do with the task, EWC protects it.
+gives word for word. The perplexity is that of a text that has nothing to do with the task, EWC protects it. The
+products of matrices are in bf16. The last columns are memory and time of a step of a new Llama of 0.3 B parameters.
 """
 
 import argparse
@@ -17,21 +20,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from measuring import memory, prepare, read_rows, show
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lifecycle_hf import BottleneckConfig, SFTConfig, SFTTrainer, merge_adapter, toyworld
 
+TUNING_SEED = 100
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 METHODS = {
-    "full": (lambda: None, 2e-5),
-    "lora": (lambda: LoraConfig(**LORA), 2e-4),
-    "qlora": (lambda: LoraConfig(**LORA), 2e-4),
+    "full": (lambda: None, 3e-5),
+    "lora": (lambda: LoraConfig(**LORA), 5e-4),
+    "qlora": (lambda: LoraConfig(**LORA), 5e-4),
     "bottleneck": (lambda: BottleneckConfig(task_type="CAUSAL_LM"), 1e-3),
     "prefix": (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 1e-2),
 }
@@ -39,8 +44,25 @@ METHODS = {
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 HEADER = (
     "method | trained % | peak MiB | CPU s / step | forward s | decode s | merged: forward, decode | score before | "
-    "score (seeds) | perplexity before | after | with EWC: score | perplexity"
+    "score (seeds) | perplexity before | after | with EWC: score | perplexity | 0.3 B: peak MiB | CPU s / step"
 )
+
+
+class Job(NamedTuple):
+    """One run: its kind is "before" (no training), "train", "ewc", "tune" or "large" (a new model of 0.3 B)."""
+
+    method: str
+    seed: int
+    kind: str
+    rate: float = 1.0  # times the learning rate of the method
+
+    @property
+    def ewc(self) -> bool:
+        return self.kind == "ewc"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_{self.seed}_{self.kind}_{self.rate:.3g}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,14 +72,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", default=str(DATA / "tinyshakespeare.txt"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--characters", type=int, default=200, help="of a prompt; the rest is cut")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held_out", type=int, default=80, help="rows that are scored")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a timed decoding")
     parser.add_argument("--ewc", type=float, default=1e3, help="weight of EWC in the runs with it")
+    parser.add_argument(
+        "--tune", action="store_true", help="score rows of the training part at several learning rates"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1 / 3, 1, 3], help="of --tune, times the method's")
     parser.add_argument("--output", default="output/adapters", help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="two steps of a small new model on made-up rows")
-    parser.add_argument("--only", nargs=3, metavar=("METHOD", "SEED", "EWC"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -68,28 +95,43 @@ def load_data(args) -> tuple[list[dict], list[dict], list[str], list[str]]:
         texts = [f"{i} and {i + 1} are {2 * i + 1}." for i in range(16)]
     else:
         rows = [{k: v.replace("<|endoftext|>", "") for k, v in row.items()} for row in read_rows(args.task)]
-        rows = [row for row in rows if row["completion"].strip()]
+        rows = [row | {"prompt": row["prompt"][: args.characters] + "\n"} for row in rows if row["completion"].strip()]
         random.Random(0).shuffle(rows)  # the file is sorted by classes
         whole = Path(args.text).read_text()
-        texts = [whole[start : start + 1000] for start in range(0, 128_000, 1000)]
+        texts = [whole[start : start + 500] for start in range(0, 64_000, 2000)]
     half = len(texts) // 2
-    return rows[args.held_out :], rows[: args.held_out], texts[:half], texts[half:]
+    train, held_out = rows[args.held_out :], rows[: args.held_out]
+    if args.tune:
+        train, held_out = train[args.held_out // 2 :], train[: args.held_out // 2]
+    return train, held_out, texts[:half], texts[half:]
 
 
-def build(args, method: str, seed: int, ewc: bool, folder: Path, data) -> SFTTrainer:
-    adapter, rate = METHODS[method]
+def random_model(tokenizer: str, folder: Path) -> str:
+    """Return the folder of a new Llama of 0.3 B parameters, which is written if it is not there."""
+    if not folder.exists():
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        config = LlamaConfig(
+            vocab_size=len(words), hidden_size=1024, intermediate_size=2816, num_hidden_layers=22,
+            num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=words.eos_token_id,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        words.save_pretrained(folder)
+    return str(folder)
+
+
+def build(args, model: str, job: Job, folder: Path, data) -> SFTTrainer:
+    adapter, rate = METHODS[job.method]
     options = SFTConfig(
-        str(folder / "model"), seed=seed, max_steps=args.steps, learning_rate=rate, lr_scheduler_type="cosine",
-        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_length=384,
-        report_to="none", save_strategy="no", logging_steps=10, activation_checkpointing=False, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), ewc_coef=args.ewc if ewc else 0.0,
-        **({"ewc_rows": min(32, len(data[2]))} if ewc else {}),
+        str(folder / "model"), seed=job.seed, max_steps=args.steps, learning_rate=rate * job.rate,
+        lr_scheduler_type="cosine", warmup_steps=args.steps // 10, per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=args.batch, max_length=384, bf16=True, report_to="none", save_strategy="no",
+        logging_steps=10, activation_checkpointing=False, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+        ewc_coef=args.ewc if job.ewc else 0.0, **({"ewc_rows": len(data[2])} if job.ewc else {}),
     )  # fmt: skip
-    model = str(toyworld.stage_checkpoint("init")) if args.smoke else args.model
     return SFTTrainer(
         model, options, Dataset.from_list(data[0]), peft_config=adapter(),
-        quantization_config=BitsAndBytesConfig(**NF4) if method == "qlora" else None,
-        ptx_dataset=Dataset.from_dict({"text": data[2]}) if ewc else None,
+        quantization_config=BitsAndBytesConfig(**NF4) if job.method == "qlora" else None,
+        ptx_dataset=Dataset.from_dict({"text": data[2]}) if job.ewc else None,
     )  # fmt: skip
 
 
@@ -99,10 +141,11 @@ def decode(model, tokenizer, prompts: list[str], length: int, stop: bool = True)
     tokenizer.padding_side = "left"
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
-    ids = model.generate(
-        **batch, max_new_tokens=length, min_new_tokens=None if stop else length, do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    with torch.autocast(model.device.type, torch.bfloat16):
+        ids = model.generate(
+            **batch, max_new_tokens=length, min_new_tokens=None if stop else length, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -111,7 +154,7 @@ def score(model, tokenizer, rows: list[dict], batch: int) -> float:
     right = 0
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        answers = decode(model, tokenizer, [row["prompt"] for row in part], 12)
+        answers = decode(model, tokenizer, [row["prompt"] for row in part], 8)
         right += sum(a.strip() == row["completion"].strip() for a, row in zip(answers, part, strict=True))
     return right / len(rows)
 
@@ -123,7 +166,8 @@ def latency(model, tokenizer, rows: list[dict], tokens: int) -> tuple[float, flo
 
     @torch.no_grad()
     def forward():
-        model(input_ids=ids)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            model(input_ids=ids)
 
     found = []
     for work in (forward, lambda: decode(model, tokenizer, [rows[0]["prompt"]], tokens, stop=False)):
@@ -137,11 +181,14 @@ def latency(model, tokenizer, rows: list[dict], tokens: int) -> tuple[float, flo
     return tuple(found)
 
 
-def run(args, method: str, seed: int, ewc: bool, folder: Path) -> dict:
+def run(args, job: Job, folder: Path) -> dict:
     """Train one model and return what it cost and gained."""
     data = load_data(args)
     _, held_out, _, texts = data
-    trainer = build(args, method, seed, ewc, folder, data)
+    path = str(toyworld.stage_checkpoint("init")) if args.smoke else args.model
+    if job.kind == "large":
+        path, args.steps = random_model(path, folder.parent / "new_0.3b"), 2
+    trainer = build(args, path, job, folder, data)
     model, tokenizer = trainer.model, trainer.processing_class
     texts = Dataset.from_dict({"text": texts})
 
@@ -149,43 +196,64 @@ def run(args, method: str, seed: int, ewc: bool, folder: Path) -> dict:
         perplexity = trainer.evaluate(texts, metric_key_prefix="text")["text_perplexity"]
         return {"perplexity": perplexity, "score": score(model, tokenizer, held_out, args.batch)}
 
+    if job.kind == "before":
+        return measure()
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {"trained": own / base.num_parameters(), "before": measure()}
+    found = {"trained": own / base.num_parameters()}
     start = time.process_time()
     trainer.train()
-    found["step"] = (time.process_time() - start) / args.steps
-    found |= {"peak": memory(torch.cuda.is_available())[1], "after": measure()}
-    found["latency"] = latency(model, tokenizer, held_out, args.tokens)
-    if method in ("lora", "qlora"):
-        found["merged"] = latency(merge_adapter(model, folder / "merged").eval(), tokenizer, held_out, args.tokens)
+    found |= {"step": (time.process_time() - start) / args.steps, "peak": memory(torch.cuda.is_available())[1]}
+    if job.kind == "large":
+        return found
+    found |= measure()
+    if job.kind == "train" and not job.ewc:
+        found["latency"] = latency(model, tokenizer, held_out, args.tokens)
+        if job.method in ("lora", "qlora"):
+            found["merged"] = latency(merge_adapter(model, folder / "merged").eval(), tokenizer, held_out, args.tokens)
     return found
 
 
-def table_row(method: str, found: dict[bool, list[dict]]) -> list[str]:
+def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
     """Return the cells of a method, means over its seeds; a score has that of each seed beside it."""
 
-    def mean(ewc, *path):
-        values = []
-        for value in found[ewc]:
-            for key in path:
-                value = value[key]
-            values.append(value)
-        return statistics.mean(values), values
+    def mean(kind: str, key: str) -> float:
+        return statistics.mean(one[key] for one in found[kind])
 
-    def scored(ewc):
-        average, each = mean(ewc, "after", "score")
-        return f"{average:.3f} ({', '.join(f'{value:.3f}' for value in each)})"
+    def scored(kind: str) -> str:
+        each = ", ".join(f"{one['score']:.3f}" for one in found[kind])
+        return f"{mean(kind, 'score'):.3f} ({each})"
 
-    first = found[False][0]
-    merged = "{:.3f}, {:.2f}".format(*first["merged"]) if "merged" in first else "not possible"
-    cells = [method, f"{100 * first['trained']:.2f}", f"{mean(False, 'peak')[0]:.0f}", f"{mean(False, 'step')[0]:.2f}"]
-    cells += [f"{first['latency'][0]:.3f}", f"{first['latency'][1]:.2f}", merged if method != "full" else ""]
-    cells += [f"{first['before']['score']:.3f}", scored(False), f"{first['before']['perplexity']:.2f}"]
-    cells += [f"{mean(False, 'after', 'perplexity')[0]:.2f}"]
-    if not found[True]:
-        return [*cells, "not possible", ""]
-    return [*cells, scored(True), f"{mean(True, 'after', 'perplexity')[0]:.2f}"]
+    def seconds(name: str) -> list[str]:
+        pairs = [one[name] for one in found["train"]]
+        return [f"{statistics.median(values):.{digits}f}" for values, digits in zip(zip(*pairs), (3, 2))]
+
+    merged = ", ".join(seconds("merged")) if "merged" in found["train"][0] else "not possible"
+    cells = [method, f"{100 * mean('train', 'trained'):.2f}", f"{mean('train', 'peak'):.0f}"]
+    cells += [f"{mean('train', 'step'):.2f}", *seconds("latency"), merged if method != "full" else "nothing to merge"]
+    cells += [f"{mean('before', 'score'):.3f}", scored("train"), f"{mean('before', 'perplexity'):.2f}"]
+    cells += [f"{mean('train', 'perplexity'):.2f}"]
+    cells += [scored("ewc"), f"{mean('ewc', 'perplexity'):.2f}"] if found["ewc"] else ["not possible"] * 2
+    return [*cells, f"{mean('large', 'peak'):.0f}", f"{mean('large', 'step'):.2f}"]
+
+
+def jobs_of(args) -> dict[str, dict[str, list[Job]]]:
+    """Return the runs of each method by their kind."""
+    found = {}
+    for method in args.methods:
+        if args.tune:
+            found[method] = {"tune": [Job(method, TUNING_SEED, "tune", rate) for rate in args.rates]}
+            continue
+        weights = "qlora" if method == "qlora" else "full"
+        found[method] = {
+            "before": [Job(weights, 0, "before")],
+            "large": [Job(method, 0, "large")],
+            "train": [Job(method, seed, "train") for seed in args.seeds],
+            "ewc": [
+                Job(method, seed, "ewc") for seed in args.seeds if method != "prefix"
+            ],  # the Fisher is of scored rows
+        }
+    return found
 
 
 def main() -> None:
@@ -194,22 +262,28 @@ def main() -> None:
         args.steps, args.seeds, args.held_out, args.batch, args.tokens = 2, args.seeds[:1], 8, 4, 4
     output = Path(args.output + ("_smoke" if args.smoke else ""))
     if args.only:
-        method, seed, ewc = args.only[0], int(args.only[1]), args.only[2] == "True"
-        folder = output / f"{method}_{seed}{'_ewc' if ewc else ''}"
+        job = Job(args.only[0], int(args.only[1]), args.only[2], float(args.only[3]))
+        folder = output / job.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "found.json").write_text(json.dumps(run(args, method, seed, ewc, folder)))
+        (folder / "found.json").write_text(json.dumps(run(args, job, folder)))
         return
     rows = []
-    for method in args.methods:
-        found = {False: [], True: []}
-        for ewc in (False, True) if method != "prefix" else (False,):  # EWC's Fisher is that of scored rows
-            for seed in args.seeds:
-                file = output / f"{method}_{seed}{'_ewc' if ewc else ''}" / "found.json"
-                if not file.exists():
-                    subprocess.run([sys.executable, *sys.argv, "--only", method, str(seed), str(ewc)], check=True)
-                found[ewc].append(json.loads(file.read_text()))
-        rows.append(table_row(method, found))
-    show("Adapters", HEADER, " | ".join(["{}"] * len(rows[0])), rows)
+    for method, kinds in jobs_of(args).items():
+        found = {}
+        for kind, jobs in kinds.items():
+            for job in jobs:
+                if not (output / job.name / "found.json").exists():
+                    subprocess.run([sys.executable, *sys.argv, "--only", *map(str, job)], check=True)
+            found[kind] = [json.loads((output / job.name / "found.json").read_text()) for job in jobs]
+        if args.tune:
+            rates = [f"{METHODS[method][1] * job.rate:.1e}" for job in kinds["tune"]]
+            rows += [[method, rate, one["score"], one["perplexity"]] for rate, one in zip(rates, found["tune"])]
+        else:
+            rows.append(table_row(method, found))
+    if args.tune:
+        show("Learning rates", "method | learning rate | score | perplexity", "{} | {} | {:.3f} | {:.2f}", rows)
+    else:
+        show("Adapters", HEADER, " | ".join(["{}"] * len(rows[0])), rows)
 
 
 if __name__ == "__main__":
