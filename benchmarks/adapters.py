@@ -95,7 +95,11 @@ def load_data(args) -> tuple[list[dict], list[dict], list[str], list[str]]:
         texts = [f"{i} and {i + 1} are {2 * i + 1}." for i in range(16)]
     else:
         rows = [{k: v.replace("<|endoftext|>", "") for k, v in row.items()} for row in read_rows(args.task)]
-        rows = [row | {"prompt": row["prompt"][: args.characters] + "\n"} for row in rows if row["completion"].strip()]
+        rows = [
+            {"prompt": f"{row['prompt'].strip()[: args.characters]}\nAnswer:", "completion": f" {row['completion']}"}
+            for row in rows
+            if row["completion"].strip()
+        ]
         random.Random(0).shuffle(rows)  # the file is sorted by classes
         whole = Path(args.text).read_text()
         texts = [whole[start : start + 500] for start in range(0, 64_000, 2000)]
