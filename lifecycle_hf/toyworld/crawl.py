@@ -4,17 +4,20 @@ import ast
 import random
 import string
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from lifecycle_hf.curation.minhash import clusters
 from lifecycle_hf.data.corpora import python_documentation
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 LENGTHS = (1200, 3000)
 """Fewest and most characters of a document, unless one paragraph is longer."""
 LONG = 40
 """Fewest words of a docstring."""
+NO_LIBRARY = ("ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "turtledemo")
+"""Folders whose docstrings are not those of the library."""
 TRUSTED = 4
 """Every fourth document of Python is trusted text, and not in the crawl."""
 PLANTED = {"blocked page": 20, "garbage": 30, "spam": 40, "exact copy": 20, "near copy": 20, "long run": 12,
@@ -46,15 +49,18 @@ def documents() -> list[str]:
 
     A page of which less than 85 % are letters and blanks, such as a table or code, is left out.
     """
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = [*python_documentation()["text"], *map(_docstrings, modules)]
-    pieces = [piece for text in texts for piece in _pieces(text) if _letters(piece) >= 0.85]
-    return [piece for i, (piece, first) in enumerate(zip(pieces, clusters(pieces, 0.5))) if first == i]
+    return _unlike([*python_documentation()["text"], *map(_docstrings, sorted(LIBRARY.glob("*.py")))])
 
 
 def trusted() -> list[str]:
     """Return the documents that are trusted."""
     return documents()[::TRUSTED]
+
+
+def held_out() -> list[str]:
+    """Return pages that are neither trusted nor in a crawl: docstrings of the packages of Python's library."""
+    files = (path for path in sorted(LIBRARY.glob("*/*.py")) if path.parent.name not in NO_LIBRARY)
+    return _unlike(map(_docstrings, files), known=documents())
 
 
 def junk(seed: int = 1, n: int = 60) -> list[str]:
@@ -126,6 +132,13 @@ def found(rows: Iterable[dict], kept: dict[str, str], removed: dict[str, set[str
             gone = [not pair <= kept.keys() for pair in pairs]
         table.append([kind, step, len(gone), sum(gone), len(clean & removed[step])])
     return table
+
+
+def _unlike(texts: Iterable[str], known: Sequence[str] = ()) -> list[str]:
+    """Return the pages of texts that are mostly letters, and like no earlier page and no known one."""
+    pages = [*known, *(piece for text in texts for piece in _pieces(text) if _letters(piece) >= 0.85)]
+    firsts = enumerate(zip(pages, clusters(pages, 0.5)))
+    return [page for i, (page, first) in firsts if first == i >= len(known)]
 
 
 def _row(name: str, text: str, kind: str) -> dict:
