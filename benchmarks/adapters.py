@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", default=str(DATA / "tinyshakespeare.txt"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--characters", type=int, default=200, help="of a prompt; the rest is cut")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held_out", type=int, default=80, help="rows that are scored")

@@ -3,6 +3,7 @@
     export OMP_NUM_THREADS=1
     python benchmarks/curation.py                          # 20 and 200 MB
     python benchmarks/curation.py --megabytes 5 20 --blocks minhash
+    python benchmarks/curation.py --megabytes 1 4 --blocks perplexity   # a small reference model, much slower
     python benchmarks/curation.py --smoke                  # in small
 
 The corpus is made on the spot: documents of 200 to 800 words of Python's documentation and standard library, in
@@ -10,7 +11,8 @@ another local order each time, in 4 shards. Of them 2 % are an earlier document 
 of 100 words of an earlier one. Each side runs in a process of its own, all its passes one after the other by
 datatrove's local executor, reading of the shards included. MB/s are megabytes (10⁶ bytes) of text for each CPU second
 of the process, after its imports. Memory is the peak of the resident set, and in brackets that before the first pass.
-Plain Python runs at the smallest size alone; it holds the corpus in memory.
+Peers other than datatrove's MinHash run at the smallest size alone; plain Python holds the corpus in memory.
+"pipeline" is `curate` with the default steps of recipes/curate.py: it reads, decides, writes and reports.
 """
 
 import argparse
@@ -31,13 +33,14 @@ from pydoc_data import topics
 import numpy as np
 
 TASKS, BATCH = 4, 500
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 Side = Callable[[Path, Path], Callable[[], int]]
 
 
 def make_corpus(folder: Path, megabytes: float) -> int:
     """Write the shards and return the bytes of the texts."""
-    sources = [Path(sysconfig.get_path("stdlib")) / name for name in ("argparse.py", "typing.py", "inspect.py")]
-    sources += sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+    sources = [LIBRARY / name for name in ("argparse.py", "typing.py", "inspect.py")]
+    sources += sorted(LIBRARY.glob("[a-z]*.py"))
     texts = [*topics.topics.values(), *(path.read_text(errors="replace") for path in sources)]
     words = np.array(" ".join(texts).split(), dtype=object)
     draw, wanted, total = np.random.default_rng(0), int(1e6 * megabytes / TASKS), 0
@@ -49,7 +52,8 @@ def make_corpus(folder: Path, megabytes: float) -> int:
                 document = make_document(words, documents, draw)
                 documents = [*documents[-BATCH:], document] if len(documents) > 2 * BATCH else [*documents, document]
                 text = "\n".join(" ".join(document[at : at + 12]) for at in range(0, len(document), 12))
-                file.write(json.dumps({"text": text, "id": f"{shard}-{size}", "metadata": {}}) + "\n")
+                row = {"text": text, "id": f"{shard}-{size}", "url": f"https://site{size % 997}.example.org/{size}"}
+                file.write(json.dumps(row) + "\n")
                 size += len(text.encode())
         total += size
     return total
@@ -93,6 +97,97 @@ def corpus_block(name: str) -> Side:
         return go
 
     return prepare
+
+
+def steps_of(make: Callable[[Path], list]) -> Side:
+    """Steps between reading and counting; it returns the number of documents that they change or leave out."""
+
+    def prepare(shards, work):
+        import datatrove.executor  # noqa: F401
+        from datatrove.pipeline.readers import JsonlReader
+
+        steps, counts = make(work), {"read": 0, "same": 0}
+
+        def remember(data, rank=0, world_size=1):
+            for document in data:
+                counts["read"] += 1
+                document.metadata["length"] = len(document.text)
+                yield document
+
+        def compare(data, rank=0, world_size=1):
+            for document in data:
+                counts["same"] += document.metadata["length"] == len(document.text)
+
+        def go():
+            run([JsonlReader(str(shards)), remember, *steps, compare], TASKS, work / "logs")
+            return counts["read"] - counts["same"]
+
+        return go
+
+    return prepare
+
+
+def own_block(name: str) -> Side:
+    """A block that decides on each document alone."""
+
+    def make(work):
+        from lifecycle_hf.curation import ApplyBlocks
+
+        return [ApplyBlocks([made(name, work)], work / "found")]
+
+    return steps_of(make)
+
+
+def made(name: str, work: Path):
+    """Return a block with its tables or its model made."""
+    from lifecycle_hf import curation
+    from lifecycle_hf.cli.curating import train_reference
+
+    texts = list(topics.topics.values())
+    if name == "QualityClassifier":
+        code = [path.read_text(errors="replace")[:3000] for path in sorted(LIBRARY.glob("[a-z]*.py"))]
+        block = curation.QualityClassifier.train(texts, code)
+    elif name == "PerplexityFilter":
+        train_reference(texts, str(work / "reference"), 20, 0)
+        block = curation.PerplexityFilter(str(work / "reference")).fit(texts)
+    else:
+        block = getattr(curation, name)()
+    if name == "UrlFilter":
+        block(["so that its lists are loaded"], urls=["https://example.org"])
+    else:
+        block(["so that its tables are made"])
+    return block
+
+
+def datatrove_steps(*names: str) -> Side:
+    """Filters or formatters with their defaults."""
+
+    def make(work):
+        from datatrove.pipeline import filters, formatters
+
+        return [(getattr(filters, name, None) or getattr(formatters, name))() for name in names]
+
+    return steps_of(make)
+
+
+def pipeline(shards: Path, work: Path) -> Callable[[], int]:
+    """The default steps; it returns the number of documents that they leave out."""
+    from lifecycle_hf import curation
+
+    names = ("UrlFilter", "QualityRules", "PIIRemover", "QualityClassifier", "MinHashDedup", "SubstringDedup")
+    blocks = [made(name, work) for name in names]
+
+    def go():
+        report = curation.curate(shards, work / "clean", blocks, tasks=TASKS)
+        return report["steps"][0]["documents"] - report["steps"][-1]["documents"]
+
+    return go
+
+
+def plain_personal(shards: Path, work: Path) -> Callable[[], int]:
+    """E-mail and IP addresses alone, by one pattern."""
+    personal = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+|\b(?:\d{1,3}\.){3}\d{1,3}\b")
+    return lambda: sum(bool(personal.subn("<PII>", text)[1]) for text in read_texts(shards))
 
 
 def datatrove_minhash(shards: Path, work: Path) -> Callable[[], int]:
@@ -168,6 +263,18 @@ def plain_substring(shards: Path, work: Path) -> Callable[[], int]:
 
 
 SIDES: dict[str, dict[str, Side]] = {
+    "pipeline": {"lifecycle_hf": pipeline},
+    "url": {"lifecycle_hf": own_block("UrlFilter")},
+    "rules": {
+        "lifecycle_hf": own_block("QualityRules"),
+        "datatrove": datatrove_steps("GopherQualityFilter", "GopherRepetitionFilter"),
+    },
+    "pii": {
+        "lifecycle_hf": own_block("PIIRemover"), "datatrove": datatrove_steps("PIIFormatter"),
+        "plain Python": plain_personal,
+    },
+    "quality": {"lifecycle_hf": own_block("QualityClassifier")},
+    "perplexity": {"lifecycle_hf": own_block("PerplexityFilter")},
     "minhash": {
         "lifecycle_hf": corpus_block("MinHashDedup"), "datatrove": datatrove_minhash, "plain Python": plain_minhash,
     },
@@ -200,7 +307,7 @@ def measure(block: str, side: str, shards: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs=2, default=(20.0, 200.0), help="a small and a large corpus")
-    parser.add_argument("--blocks", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--blocks", nargs="+", choices=SIDES, default=[name for name in SIDES if name != "perplexity"])
     parser.add_argument("--smoke", action="store_true", help="corpora of 0.2 and 0.4 MB")
     parser.add_argument("--output", default="output/bench_curation.json")
     args = parser.parse_args()
@@ -210,7 +317,7 @@ def main() -> None:
         sizes = {size: make_corpus(corpora[size], size) / 1e6 for size in sizes}
         for block, side in [(name, side) for name in args.blocks for side in SIDES[name]]:
             told = []
-            for size in list(sizes)[: 1 if side.startswith("plain") else 2]:
+            for size in list(sizes)[: 2 if side == "lifecycle_hf" or (block, side) == ("minhash", "datatrove") else 1]:
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                     told.append(pool.submit(measure, block, side, str(corpora[size])).result())
                 told[-1] |= {"block": block, "side": side, "megabytes": sizes[size]}

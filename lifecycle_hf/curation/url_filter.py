@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 from lifecycle_hf.curation.decisions import Decision
@@ -28,7 +28,7 @@ class UrlFilter:
     Args:
         integrated: whether datatrove's own lists are used beside those given: 4.6 million domains and 20,000 pages of
             adult, gambling, malware and similar sites (UT1), and English words. The first call in each process then
-            takes some 8 seconds and 0.8 GB of memory; they are unpacked once, into the cache of Hugging Face's assets.
+            takes some 4 seconds and 0.8 GB of memory; they are unpacked once, into the cache of Hugging Face's assets.
         domains, urls, words, soft_words, subwords: more to block, each a list, or a file with one entry in a line;
             empty lines, and lines that begin with "#", are left out.
         soft_threshold: how many different soft words block a URL.
@@ -55,34 +55,35 @@ class UrlFilter:
                     "would block every URL: leave it out."
                 )
 
-    @cached_property
-    def _filter(self):
-        from datatrove.pipeline.filters import URLFilter
-        from tldextract import TLDExtract
-
-        given = (self.words["words"], self.words["subwords"], self.words["soft_words"])
-        found = URLFilter(self.soft_threshold, self.domains, self.urls, *given, use_integrated_lists=self.integrated)
-        found.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
-        found.download_data()  # unpacks what the wheel has; nothing is downloaded
-        found.block_listed_url = {_page(url) for url in found.block_listed_url}
-        return found
-
-    def __getstate__(self):
-        return {key: value for key, value in vars(self).items() if key != "_filter"}
-
     def __call__(self, texts: Sequence[str], *, urls=None, domains=None) -> list[Decision]:
         """Return for each text whether its URL is blocked, and why."""
         pairs = zip(texts, urls or [None] * len(texts), strict=True)
-        return [Decision(self._fault(url) if url and url.strip() else "") for _, url in pairs]
+        found = [(url or "").strip().lower() for _, url in pairs]
+        given = self.domains, self.urls, *(self.words[kind] for kind in ("words", "subwords", "soft_words"))
+        known = loaded_filter(self.soft_threshold, self.integrated, *map(tuple, given)) if any(found) else None
+        return [Decision(_fault(known, url) if url else "") for url in found]
 
-    def _fault(self, url: str) -> str:
-        from datatrove.data import Document
 
-        url = url.strip().lower()
-        if _page(url) in self._filter.block_listed_url:  # datatrove compares it with the scheme, which its list lacks
-            return "blocked_url"
-        found = self._filter.filter(Document(text="", id="", metadata={"url": url}))
-        return "" if found is True else REASONS[found[1]]
+def _fault(known, url: str) -> str:
+    from datatrove.data import Document
+
+    if _page(url) in known.block_listed_url:  # datatrove compares it with the scheme, which its list lacks
+        return "blocked_url"
+    found = known.filter(Document(text="", id="", metadata={"url": url}))
+    return "" if found is True else REASONS[found[1]]
+
+
+@lru_cache(1)  # not in the block, which datatrove copies for each task
+def loaded_filter(soft_threshold: int, integrated: bool, domains: tuple, urls: tuple, *words: tuple):
+    """Return datatrove's filter with its lists loaded, once for a block and its copies in a process."""
+    from datatrove.pipeline.filters import URLFilter
+    from tldextract import TLDExtract
+
+    found = URLFilter(soft_threshold, domains, urls, *words, use_integrated_lists=integrated)
+    found.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
+    found.download_data()  # unpacks what the wheel has; nothing is downloaded
+    found.block_listed_url = {_page(url) for url in found.block_listed_url}
+    return found
 
 
 def _page(url: str) -> str:

@@ -1,10 +1,12 @@
 """Blocked URLs, by own lists and by those of datatrove."""
 
+import copy
 import pickle
 
 import pytest
 
 from lifecycle_hf.curation import UrlFilter
+from lifecycle_hf.curation.url_filter import loaded_filter
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,16 @@ def test_lists_from_files_and_pickled(tmp_path):
     assert [decision.reason for decision in pickle.loads(pickle.dumps(block))(["", ""], urls=urls)] == expected
 
 
+def test_copies_of_a_block_load_its_lists_once(own):
+    """datatrove copies a step for each task; the integrated lists take 4 seconds."""
+    own([""], urls=["https://a.org"])
+    before = loaded_filter.cache_info()
+    assert copy.deepcopy(own)([""], urls=["https://bad.com"])[0].reason == "blocked_domain"
+    assert pickle.loads(pickle.dumps(own))([""], urls=["https://a.org"])[0].kept
+    after = loaded_filter.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (2, 0)
+
+
 @pytest.mark.parametrize("kind", ["words", "soft_words", "subwords"])
 def test_a_word_that_blocks_everything_is_refused(kind):
     with pytest.raises(ValueError, match=f"{kind} has '!!', in which stands no letter"):
@@ -75,8 +87,8 @@ def test_a_word_that_blocks_everything_is_refused(kind):
 def test_nothing_is_fetched(own, monkeypatch):
     """tldextract asks the network for its list of suffixes unless it is told not to."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
-    fresh = pickle.loads(pickle.dumps(own))
-    assert fresh([""], urls=["https://bad.com"])[0].reason == "blocked_domain"
+    loaded_filter.cache_clear()
+    assert own([""], urls=["https://bad.com"])[0].reason == "blocked_domain"
 
 
 @pytest.mark.slow
@@ -87,6 +99,7 @@ def test_integrated_lists(tmp_path, monkeypatch):
     urls = ["https://pornhub.com/", "https://docs.python.org/3/library/re.html", "https://x.org/xxx-porn"]
     found = [decision.reason for decision in block([""] * 3, urls=urls)]
     assert found == ["blocked_domain", "", "blocked_word"]
-    assert len(block._filter.block_listed_domains) > 4_000_000
-    listed = next(iter(block._filter.block_listed_url))
+    known = loaded_filter(2, True, (), (), (), (), ())
+    assert loaded_filter.cache_info().hits == 1 and len(known.block_listed_domains) > 4_000_000
+    listed = next(iter(known.block_listed_url))
     assert block([""], urls=[f"https://{listed}"])[0].reason == "blocked_url"
