@@ -17,11 +17,21 @@ import pytest
 from datasets import load_dataset
 from datatrove.executor import LocalPipelineExecutor
 
-from lifecycle_hf.curation import curate, funnel_table
+from lifecycle_hf.curation import (
+    MinHashDedup,
+    PIIRemover,
+    QualityClassifier,
+    QualityRules,
+    SubstringDedup,
+    UrlFilter,
+    curate,
+    funnel_table,
+)
 from lifecycle_hf.curation.decisions import Decision, Pass
 from lifecycle_hf.curation.steps import ReadShard, Step
-from lifecycle_hf.data.json_lines import whole_file
+from lifecycle_hf.data.json_lines import whole_file, write_samples
 from lifecycle_hf.data.loading import load_splits
+from lifecycle_hf.toyworld import crawl
 
 TEXTS = [f"Document {i % 13} tells of {'many ' * (i % 4)}things. mail@x.org" for i in range(40)]
 """13 different documents of i % 13 with 4 lengths of i % 4: all 40 < 52 differ."""
@@ -114,6 +124,31 @@ def BLOCKS():
     return [Short(), Once(), Mail()]
 
 
+@pytest.fixture(scope="module")
+def quality():
+    return QualityClassifier.train(crawl.trusted()[:40], crawl.junk()[:40])
+
+
+def real_blocks(quality):
+    """The default steps of recipes/curate.py, with a list of domains instead of the 0.8 GB of datatrove's."""
+    urls = UrlFilter(integrated=False, domains=["888casino.com"])
+    return [urls, QualityRules(), PIIRemover(), quality, MinHashDedup(), SubstringDedup(50)]
+
+
+@pytest.fixture(scope="module", params=["stand-ins", "real"])
+def run_of(request, tmp_path_factory):
+    """(input, folder of an undisturbed run, its blocks), of the small blocks above or of the real ones on a crawl."""
+    if request.param == "stand-ins":
+        return *request.getfixturevalue("whole"), BLOCKS()
+    folder, blocks = tmp_path_factory.mktemp("real"), real_blocks(request.getfixturevalue("quality"))
+    (folder / "in").mkdir()
+    for k in range(3):
+        write_samples(folder / "in" / f"{k}.jsonl", crawl.crawl()[k::3])
+    report = curate(folder / "in", folder / "out", blocks, tasks=2)
+    assert all(sum((step["removed"] | step["spans"]).values()) for step in report["steps"][1:])
+    return folder / "in", folder / "out", blocks
+
+
 def test_what_is_left_after_each_step(whole):
     report = json.loads((whole[1] / "report.json").read_text())
     assert [row["step"] for row in report["steps"]] == ["read", "short", "once", "mail"]
@@ -155,10 +190,12 @@ def test_json_lines_hold_the_same_rows(whole, tmp_path):
     assert load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path).to_list() == rows.to_list()
 
 
-def test_two_and_four_workers_write_the_same(whole, tmp_path):
+@pytest.mark.parametrize("run_of", ["real"], indirect=True)
+def test_two_and_four_workers_write_the_same(run_of, tmp_path):
+    source, whole, blocks = run_of
     for workers in (2, 4):
-        curate(whole[0], tmp_path / "out", BLOCKS(), tasks=2, workers=workers)
-        assert contents(tmp_path / "out") == contents(whole[1])
+        curate(source, tmp_path / "out", blocks, tasks=2, workers=workers)
+        assert contents(tmp_path / "out") == contents(whole)
         (tmp_path / "out").rename(tmp_path / str(workers))
 
 
@@ -186,14 +223,15 @@ def killed_at(number, after, call):
     return process.exitcode == -signal.SIGKILL
 
 
-def test_a_run_that_is_killed_at_any_file_ends_the_same(whole, tmp_path):
+def test_a_run_that_is_killed_at_any_file_ends_the_same(run_of, tmp_path):
     """Start n is killed before, and again after, it moves its file n, until a start moves fewer files."""
-    run, kills = partial(curate, whole[0], tmp_path / "out", BLOCKS(), tasks=2), 0
+    source, whole, blocks = run_of
+    run, kills = partial(curate, source, tmp_path / "out", blocks, tasks=2), 0
     while killed_at(kills // 2, bool(kills % 2), run):
         kills += 1
     assert kills >= 8
     run()
-    assert contents(tmp_path / "out") == contents(whole[1])
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 class Slow(Short):
@@ -314,6 +352,19 @@ def test_a_document_of_50_mb_passes(tmp_path):
     report = curate(source, tmp_path / "out", [Short(), Mail()], tasks=2)
     assert report["steps"][-1]["bytes"] == 50_000_042 and report["steps"][-1]["tokens"] == 14
     assert sorted(map(len, load_dataset(str(tmp_path / "out"), split="train")["text"])) == [30, 50_000_012]
+
+
+@pytest.mark.slow
+def test_the_real_blocks_take_documents_of_50_mb(quality, tmp_path):
+    """One that repeats 84 pages, and one without a blank. The rules would remove both."""
+    words = " ".join(crawl.trusted())
+    text = " ".join(f"{i} {words}" for i in range(50_000_000 // len(words)))
+    source = write_input(tmp_path / "in", [text, "x" * 50_000_000, *crawl.trusted()[:3]])
+    blocks = [block for block in real_blocks(quality) if block.name != "rules"]
+    steps = curate(source, tmp_path / "out", blocks, tasks=2)["steps"]
+    assert steps[0]["documents"] == 5 and steps[0]["bytes"] > 99_000_000
+    assert steps[3]["removed"] == {"low_quality": 1} and steps[-1]["documents"] == 1  # the pages stand in the long one
+    assert steps[-1]["bytes"] == pytest.approx(len(words.encode()), rel=0.02)
 
 
 def test_a_full_disk_stops_the_run_whole_and_a_second_start_goes_on(whole, tmp_path, monkeypatch):
