@@ -211,7 +211,7 @@ def run(args, job: Job, folder: Path) -> dict:
     if job.kind == "large":
         return found
     found |= measure()
-    if job.kind == "train" and not job.ewc:
+    if job.kind == "train" and job.seed == args.seeds[0]:
         found["latency"] = latency(model, tokenizer, held_out, args.tokens)
         if job.method in ("lora", "qlora"):
             found["merged"] = latency(merge_adapter(model, folder / "merged").eval(), tokenizer, held_out, args.tokens)
@@ -229,8 +229,7 @@ def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
         return f"{mean(kind, 'score'):.3f} ({each})"
 
     def seconds(name: str) -> list[str]:
-        pairs = [one[name] for one in found["train"]]
-        return [f"{statistics.median(values):.{digits}f}" for values, digits in zip(zip(*pairs), (3, 2))]
+        return [f"{value:.{digits}f}" for value, digits in zip(found["train"][0][name], (3, 2))]
 
     merged = ", ".join(seconds("merged")) if "merged" in found["train"][0] else "not possible"
     cells = [method, f"{100 * mean('train', 'trained'):.2f}", f"{mean('train', 'peak'):.0f}"]
