@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from measuring import memory, prepare, read_rows, show
-from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, initialize_kv_prefix_from_text
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lifecycle_hf import BottleneckConfig, SFTConfig, SFTTrainer, merge_adapter, toyworld
@@ -37,8 +37,8 @@ METHODS = {
     "full": (lambda: None, 3e-5),
     "lora": (lambda: LoraConfig(**LORA), 5e-4),
     "qlora": (lambda: LoraConfig(**LORA), 5e-4),
-    "bottleneck": (lambda: BottleneckConfig(task_type="CAUSAL_LM"), 1e-3),
-    "prefix": (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 1e-2),
+    "bottleneck": (lambda: BottleneckConfig(task_type="CAUSAL_LM"), 3e-4),
+    "prefix": (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 3e-3),
 }
 """{method: (its adapter, its learning rate)}."""
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -132,11 +132,15 @@ def build(args, model: str, job: Job, folder: Path, data) -> SFTTrainer:
         logging_steps=10, activation_checkpointing=False, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         ewc_coef=args.ewc if job.ewc else 0.0, **({"ewc_rows": len(data[2])} if job.ewc else {}),
     )  # fmt: skip
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model, options, Dataset.from_list(data[0]), peft_config=adapter(),
         quantization_config=BitsAndBytesConfig(**NF4) if job.method == "qlora" else None,
         ptx_dataset=Dataset.from_dict({"text": data[2]}) if job.ewc else None,
     )  # fmt: skip
+    if job.method == "prefix":  # a random prefix destroys what the model knows; Li and Liang 2021, §7.4
+        text = " ".join(row["prompt"] for row in data[0][:4])
+        initialize_kv_prefix_from_text(trainer.model, trainer.processing_class, text=text, use_chat_template=False)
+    return trainer
 
 
 @torch.no_grad()
