@@ -70,14 +70,15 @@ def held_out_loss(texts: list[str], held_out: Dataset, tokenizer, args, seed: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--corpora", nargs="+", choices=list(CORPORA)[1:], default=list(CORPORA)[1:])
     parser.add_argument("--steps", type=int, default=300, help="of 2,048 tokens")
     args = parser.parse_args()
     prepare()
     held_out = Dataset.from_dict({"text": crawl.held_out()})
-    found, documents = {name: [] for name in CORPORA}, {name: [] for name in CORPORA}
+    found, documents = ({name: [] for name in ["raw", *args.corpora]} for _ in range(2))
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            corpora = {name: corpus(Path(folder), name, seed) for name in CORPORA}
+            corpora = {name: corpus(Path(folder), name, seed) for name in found}
             tokenizer = train_tokenizer(corpora["raw"], 2048)
             for name, texts in corpora.items():
                 documents[name].append(str(len(texts)))
