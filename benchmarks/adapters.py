@@ -48,6 +48,9 @@ HEADER = (
 )
 
 
+KINDS = ("before", "train", "large", "ewc", "tune")
+
+
 class Job(NamedTuple):
     """One run: its kind is "before" (no training), "train", "ewc", "tune" or "large" (a new model of 0.3 B)."""
 
@@ -274,14 +277,16 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "found.json").write_text(json.dumps(run(args, job, folder)))
         return
-    rows = []
-    for method, kinds in jobs_of(args).items():
-        found = {}
-        for kind, jobs in kinds.items():
-            for job in jobs:
-                if not (output / job.name / "found.json").exists():
-                    subprocess.run([sys.executable, *sys.argv, "--only", *map(str, job)], check=True)
-            found[kind] = [json.loads((output / job.name / "found.json").read_text()) for job in jobs]
+    wanted, rows = jobs_of(args), []
+    jobs = [job for kinds in wanted.values() for jobs in kinds.values() for job in jobs]
+    for job in sorted(jobs, key=lambda job: KINDS.index(job.kind)):
+        if not (output / job.name / "found.json").exists():
+            subprocess.run([sys.executable, *sys.argv, "--only", *map(str, job)], check=True)
+    for method, kinds in wanted.items():
+        found = {
+            kind: [json.loads((output / job.name / "found.json").read_text()) for job in jobs]
+            for kind, jobs in kinds.items()
+        }
         if args.tune:
             rates = [f"{METHODS[method][1] * job.rate:.1e}" for job in kinds["tune"]]
             rows += [[method, rate, one["score"], one["perplexity"]] for rate, one in zip(rates, found["tune"])]
