@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from measuring import memory, prepare, read_rows, show
+from measuring import clocks, memory, prepare, read_rows, show
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, initialize_kv_prefix_from_text
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -48,11 +48,11 @@ HEADER = (
 )
 
 
-KINDS = ("before", "train", "large", "ewc", "tune")
+KINDS = ("before", "train", "large", "ewc", "latency", "tune")
 
 
 class Job(NamedTuple):
-    """One run: its kind is "before" (no training), "train", "ewc", "tune" or "large" (a new model of 0.3 B)."""
+    """One run: its kind is one of [`KINDS`], of which "before" and "latency" do not train, and "large" is of 0.3 B."""
 
     method: str
     seed: int
@@ -171,7 +171,10 @@ def score(model, tokenizer, rows: list[dict], batch: int) -> float:
 
 
 def latency(model, tokenizer, rows: list[dict], tokens: int) -> tuple[float, float]:
-    """Return the median seconds of a forward pass over one prompt, and of decoding `tokens` tokens behind it."""
+    """Return the median seconds of a forward pass over one prompt, and of decoding `tokens` tokens behind it.
+
+    On a CPU they are seconds of the CPU, on a GPU of the clock.
+    """
     model.eval()
     ids = tokenizer(rows[0]["prompt"], return_tensors="pt")["input_ids"].to(model.device)
 
@@ -180,14 +183,14 @@ def latency(model, tokenizer, rows: list[dict], tokens: int) -> tuple[float, flo
         with torch.autocast(model.device.type, torch.bfloat16):
             model(input_ids=ids)
 
-    found = []
+    found, cuda = [], torch.cuda.is_available()
     for work in (forward, lambda: decode(model, tokenizer, [rows[0]["prompt"]], tokens, stop=False)):
         work()
         seconds = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = clocks(cuda)[cuda]
             work()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clocks(cuda)[cuda] - start)
         found.append(statistics.median(seconds))
     return tuple(found)
 
@@ -209,6 +212,12 @@ def run(args, job: Job, folder: Path) -> dict:
 
     if job.kind == "before":
         return measure()
+    if job.kind == "latency":
+        found = {"latency": latency(model, tokenizer, held_out, args.tokens)}
+        if job.method in ("lora", "qlora"):
+            merged = merge_adapter(model, folder / "merged").eval()
+            found["merged"] = latency(merged, tokenizer, held_out, args.tokens)
+        return found
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {"trained": own / base.num_parameters()}
@@ -217,12 +226,7 @@ def run(args, job: Job, folder: Path) -> dict:
     found |= {"step": (time.process_time() - start) / args.steps, "peak": memory(torch.cuda.is_available())[1]}
     if job.kind == "large":
         return found
-    found |= measure()
-    if job.kind == "train" and job.seed == args.seeds[0]:
-        found["latency"] = latency(model, tokenizer, held_out, args.tokens)
-        if job.method in ("lora", "qlora"):
-            found["merged"] = latency(merge_adapter(model, folder / "merged").eval(), tokenizer, held_out, args.tokens)
-    return found
+    return found | measure()
 
 
 def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
@@ -236,9 +240,9 @@ def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
         return f"{mean(kind, 'score'):.3f} ({each})"
 
     def seconds(name: str) -> list[str]:
-        return [f"{value:.{digits}f}" for value, digits in zip(found["train"][0][name], (3, 2))]
+        return [f"{value:.{digits}f}" for value, digits in zip(found["latency"][0][name], (3, 2))]
 
-    merged = ", ".join(seconds("merged")) if "merged" in found["train"][0] else "not possible"
+    merged = ", ".join(seconds("merged")) if "merged" in found["latency"][0] else "not possible"
     cells = [method, f"{100 * mean('train', 'trained'):.2f}", f"{mean('train', 'peak'):.0f}"]
     cells += [f"{mean('train', 'step'):.2f}", *seconds("latency"), merged if method != "full" else "nothing to merge"]
     cells += [f"{mean('before', 'score'):.3f}", scored("train"), f"{mean('before', 'perplexity'):.2f}"]
@@ -257,6 +261,7 @@ def jobs_of(args) -> dict[str, dict[str, list[Job]]]:
         weights = "qlora" if method == "qlora" else "full"
         found[method] = {
             "before": [Job(weights, 0, "before")],
+            "latency": [Job(method, 0, "latency")],
             "large": [Job(method, 0, "large")],
             "train": [Job(method, seed, "train") for seed in args.seeds],
             "ewc": [
