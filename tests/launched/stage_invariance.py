@@ -1,7 +1,7 @@
 """Two steps of a stage and an evaluation; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, "sft", "reward", "classification" or "qa", "full", "lora" or "constrained"
-(a capability loss under a ceiling), path of the base model.
+Arguments: output folder, per-device batch, "sft", "reward", "classification", "qa" or "seq2seq", "full", "lora" or
+"constrained" (a capability loss under a ceiling), path of the base model.
 """
 
 import json
@@ -16,6 +16,8 @@ from lifecycle_hf import (
     QuestionAnsweringTrainer,
     RewardConfig,
     RewardTrainer,
+    Seq2SeqConfig,
+    Seq2SeqTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -27,6 +29,7 @@ STAGES = {
     "reward": (RewardConfig, RewardTrainer),
     "classification": (ClassificationConfig, ClassificationTrainer),
     "qa": (QuestionAnsweringConfig, QuestionAnsweringTrainer),
+    "seq2seq": (Seq2SeqConfig, Seq2SeqTrainer),
 }
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 
@@ -34,7 +37,7 @@ WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 def rows(number, stage):
     """Ragged rows; `number` need not divide by the batch."""
     texts = [" ".join([WORDS[i % 4]] * (i % 5 + 1)) for i in range(number)]
-    if stage == "sft":
+    if stage in ("sft", "seq2seq"):
         return Dataset.from_list([{"prompt": f"word {i}:", "completion": text} for i, text in enumerate(texts)])
     if stage == "classification":
         return Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(texts)])

@@ -26,7 +26,7 @@ def run(config, output, batch, *arguments, fsdp=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "classification", "qa"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "classification", "qa", "seq2seq", "t5"])
 @pytest.mark.parametrize(
     ("config", "mode"),
     [
