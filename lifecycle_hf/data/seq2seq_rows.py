@@ -42,25 +42,14 @@ def tokenize_seq2seq(
             usable (with `strict`, a row is not).
     """
     require_columns(dataset, ("prompt", "completion"), where)
-    eos = require_eos(tokenizer, where)
+    require_eos(tokenizer, where)
     if is_messages(dataset[0]["prompt"]):
         require_chat_template(tokenizer, where)
     read = ["prompt", "completion", *(name for name in TEMPLATE_COLUMNS if name in dataset.column_names)]
 
-    def encoded(row):
-        refuse(text_problem(row["prompt"], "prompt"))
-        texts = conversation_texts(tokenizer, row)
-        if encoder_decoder and not texts[0].chat:
-            sides = tokenizer(row["prompt"]), tokenizer(text_target=row["completion"])
-            return [up_to_eos(tokenizer, texts[0], side["input_ids"]) for side in sides]
-        prompt, whole = encode_texts(tokenizer, texts)
-        whole = up_to_eos(tokenizer, texts[1], whole)
-        shared = common_prefix_length(prompt, whole)
-        return whole[:shared] + [eos] * encoder_decoder, whole[shared:]
-
     def pieces(row):
         row = maybe_convert_to_chatml({name: row[name] for name in read})
-        prompt, target = encoded(row)
+        prompt, target = _encoded(tokenizer, row, encoder_decoder)
         long = len(prompt) > max_length
         refuse("" if prompt and target else f"{'completion' if prompt else 'prompt'} without a token")
         refuse(f"prompt longer than max_length={max_length} tokens" if long and not encoder_decoder else "")
@@ -79,6 +68,19 @@ def tokenize_seq2seq(
             stacklevel=2,
         )
     return found.remove_columns(list(cuts))
+
+
+def _encoded(tokenizer, row: dict, encoder_decoder: bool) -> tuple[list[int], list[int]]:
+    """Return the ids of a row's prompt and of its completion."""
+    refuse(text_problem(row["prompt"], "prompt"))
+    texts = conversation_texts(tokenizer, row)
+    if encoder_decoder and not texts[0].chat:
+        sides = tokenizer(row["prompt"]), tokenizer(text_target=row["completion"])
+        return tuple(up_to_eos(tokenizer, texts[0], side["input_ids"]) for side in sides)
+    prompt, whole = encode_texts(tokenizer, texts)
+    whole = up_to_eos(tokenizer, texts[1], whole)
+    shared = common_prefix_length(prompt, whole)
+    return whole[:shared] + [tokenizer.eos_token_id] * encoder_decoder, whole[shared:]
 
 
 def _plain(value: str | list[dict]) -> str:
