@@ -13,6 +13,8 @@ from lifecycle_hf.data.task_rows import require_columns, usable_pieces
 from lifecycle_hf.data.tokenize import conversation_texts, encode_texts, require_eos, up_to_eos
 from lifecycle_hf.data.usable import refuse
 
+PAIR = "prompt", "completion"
+
 
 def tokenize_seq2seq(
     dataset: Dataset,
@@ -22,6 +24,8 @@ def tokenize_seq2seq(
     max_length: int,
     max_target_length: int,
     where: str,
+    columns: tuple[str, str] = PAIR,
+    prefix: str = "",
     **options,
 ) -> Dataset:
     """Tokenise rows "prompt", "completion" (texts or messages); returns "input_ids" (the prompt's) and "labels".
@@ -35,31 +39,36 @@ def tokenize_seq2seq(
     how many are cut.
 
     Args:
+        columns: other names of the two columns.
+        prefix: written before each prompt that is text.
         options: `strict`, `num_proc` of [`usable_pieces`].
 
     Raises:
         ValueError: a column is missing, the tokenizer has no EOS token, messages have no chat template, or no row is
             usable (with `strict`, a row is not).
     """
-    require_columns(dataset, ("prompt", "completion"), where)
+    require_columns(dataset, columns, where)
     require_eos(tokenizer, where)
+    read = [*columns, *(name for name in TEMPLATE_COLUMNS if name in dataset.column_names)]
+    dataset = dataset.select_columns(read).rename_columns(dict(zip(columns, PAIR)))
     if is_messages(dataset[0]["prompt"]):
         require_chat_template(tokenizer, where)
-    read = ["prompt", "completion", *(name for name in TEMPLATE_COLUMNS if name in dataset.column_names)]
 
     def pieces(row):
-        row = maybe_convert_to_chatml({name: row[name] for name in read})
+        row = maybe_convert_to_chatml(row)
+        refuse(text_problem(row["prompt"], "prompt"))
+        row["prompt"] = prefix + row["prompt"] if isinstance(row["prompt"], str) else row["prompt"]
         prompt, target = _encoded(tokenizer, row, encoder_decoder)
         long = len(prompt) > max_length
         refuse("" if prompt and target else f"{'completion' if prompt else 'prompt'} without a token")
         refuse(f"prompt longer than max_length={max_length} tokens" if long and not encoder_decoder else "")
         found = {"input_ids": prompt[: max_length - 1] + prompt[-1:] if long else prompt, "cut_prompt": long}
         found |= {"labels": target[:max_target_length], "cut_completion": len(target) > max_target_length}
-        return [found | {name: _plain(row[name]) for name in ("prompt", "completion")}]
+        return [found | {name: _plain(row[name]) for name in PAIR}]
 
     ids, cuts = List(Value("int64")), {name: Value("bool") for name in ("cut_prompt", "cut_completion")}
     features = {"input_ids": ids, "labels": ids, "prompt": Value("string"), "completion": Value("string")}
-    found = usable_pieces(dataset.select_columns(read), pieces, features | cuts, where=where, **options)
+    found = usable_pieces(dataset, pieces, features | cuts, where=where, **options)
     prompts, completions = (sum(found[name]) for name in cuts)
     if prompts or completions:
         warnings.warn(
@@ -72,7 +81,6 @@ def tokenize_seq2seq(
 
 def _encoded(tokenizer, row: dict, encoder_decoder: bool) -> tuple[list[int], list[int]]:
     """Return the ids of a row's prompt and of its completion."""
-    refuse(text_problem(row["prompt"], "prompt"))
     texts = conversation_texts(tokenizer, row)
     if encoder_decoder and not texts[0].chat:
         sides = tokenizer(row["prompt"]), tokenizer(text_target=row["completion"])

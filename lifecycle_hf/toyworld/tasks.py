@@ -1,4 +1,4 @@
-"""Tasks for heads in the toy world: the kind of a request, and the answer to a question in a document."""
+"""Tasks of the toy world: the kind of a request, and the answer to a question in a document, found or written."""
 
 import random
 import re
@@ -13,6 +13,7 @@ from lifecycle_hf.toyworld.world import FACTS, LANDS, NOUNS, document, is_held_o
 _SUM = re.compile(r"(\d+) (?:plus|and) (\d+)\D+(\d+)")
 _UNANSWERABLE = 0.2
 """Share of the questions whose document does not hold the answer."""
+UNTOLD = "The text does not say."
 
 
 def _classify_row(rng: random.Random, held_out: bool) -> dict:
@@ -46,7 +47,17 @@ def _qa_row(rng: random.Random, held_out: bool) -> dict:
     return {"question": request.text, "context": text, "answers": {"text": [answer], "answer_start": [start]}}
 
 
-TASKS = {"classify": (_classify_row, 2000, 300), "qa": (_qa_row, 8000, 400)}
+def _seq2seq_row(rng: random.Random, held_out: bool) -> dict:
+    row = _qa_row(rng, held_out)
+    request, completion = requests()[row["question"]], UNTOLD
+    if row["answers"]["text"]:
+        first, second = request.subject
+        subject = f"{first} plus {second}" if request.kind == "sum" else NOUNS[second].format(land=first)
+        completion = f"{subject[0].upper()}{subject[1:]} is {request.answer}."
+    return {"prompt": f"{row['question']}\n{row['context']}", "completion": completion}
+
+
+TASKS = {"classify": (_classify_row, 2000, 300), "qa": (_qa_row, 8000, 400), "seq2seq": (_seq2seq_row, 8000, 400)}
 """For each task the function that makes a row, and the numbers of rows of its train and test splits."""
 
 
@@ -56,7 +67,9 @@ def task_dataset(task: str, seed: int = 0) -> DatasetDict:
 
     - "classify": {"text", "label"}: requests and their kind, "fact", "forbidden" or "sum".
     - "qa": {"question", "context", "answers"}: one document, and a question about it; 1 in 5 has no answer there.
+    - "seq2seq": {"prompt", "completion"}: a question and a document of "qa", and the answer as a sentence, which says
+      so if the document does not tell.
 
-    No request of "classify" and no document of "qa" is in both splits.
+    No request of "classify" and no document of the others is in both splits.
     """
     return drawn_splits(task, *TASKS[task], seed)

@@ -36,6 +36,9 @@ class Seq2SeqConfig(TaskConfig):
         512, "Tokens of a prompt. A longer one is cut at its end for an encoder-decoder, and dropped for a decoder."
     )
     max_target_length: int = option(128, "Tokens of a completion, with its EOS token; a longer one is cut at its end.")
+    prompt_column: str = option("prompt", "Column of the texts to read.")
+    completion_column: str = option("completion", "Column of the texts to write.")
+    prompt_prefix: str = option("", "Written before each prompt that is text, such as 'summarize: ' for T5.")
     predict_with_generate: bool = option(True, "Generate at evaluation, for ROUGE-L, BLEU and exact match.")
     generation_max_length: int | None = option(None, "New tokens of a prediction; max_target_length by default.")
     generation_num_beams: int = option(1, "Beams of the search for a prediction; 1: greedy.")
@@ -70,7 +73,7 @@ class Seq2SeqTrainer(TaskTrainer):
     Args:
         model: a name or path of any encoder-decoder or causal LM or of an adapter, or such a model as object.
         args: [`Seq2SeqConfig`].
-        train_dataset, eval_dataset: "prompt" and "completion", as texts or as messages.
+        train_dataset, eval_dataset: "prompt" and "completion" (or other columns by option), as texts or as messages.
         ptx_dataset: what [`MitigationOptions`] protect: rows of the same columns, or texts if the model is a decoder.
         processing_class, peft_config, quantization_config, kwargs: as in the other trainers.
 
@@ -116,7 +119,9 @@ class Seq2SeqTrainer(TaskTrainer):
     # Data
 
     def tokenized(self, dataset: Dataset, where: str, **options) -> Dataset:
-        options |= {"encoder_decoder": self.is_seq2seq, "max_target_length": self.args.max_target_length}
+        args = self.args
+        options |= {"encoder_decoder": self.is_seq2seq, "max_target_length": args.max_target_length}
+        options |= {"columns": (args.prompt_column, args.completion_column), "prefix": args.prompt_prefix}
         return tokenize_seq2seq(dataset, self._tokenizer, where=where, **options)
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -158,7 +163,7 @@ class Seq2SeqTrainer(TaskTrainer):
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def protected_loss(self, dataset: Dataset, tokenizer, **options) -> CapabilityLoss:
-        if not self.is_seq2seq and "prompt" not in dataset.column_names:
+        if not self.is_seq2seq and self.args.prompt_column not in dataset.column_names:
             return CapabilityLoss(dataset, tokenizer, **options)
         if self.args.ptx_max_length != MitigationOptions.ptx_max_length:
             raise ValueError(

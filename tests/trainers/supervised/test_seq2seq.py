@@ -275,3 +275,11 @@ def test_long_texts_are_cut_with_a_count(tiny_llama, tmp_path):
         long = len(row["input_ids"]) > 10
         assert cut["input_ids"] == (row["input_ids"][:9] + [tokenizer.eos_token_id] if long else row["input_ids"])
         assert cut["labels"] == row["labels"][:5] and cut["completion"] == row["completion"]
+
+
+def test_columns_of_other_names_and_a_prefix(tiny_llama, tmp_path):
+    names = {"prompt": "dialogue", "completion": "summary"}
+    options = {"prompt_column": "dialogue", "completion_column": "summary", "prompt_prefix": "tell me "}
+    run = make(tiny_llama, tmp_path, train=ROWS.rename_columns(names), **options)
+    same = make(tiny_llama, tmp_path, train=ROWS.map(lambda row: {"prompt": "tell me " + row["prompt"]}))
+    assert run.train_dataset.to_list() == same.train_dataset.to_list()
