@@ -1,6 +1,6 @@
 r"""Train a model that writes one text from another: an encoder-decoder such as T5, a prefix LM or a causal LM.
 
-The embedded default answers questions about documents of the toy world, and takes about two minutes on a CPU:
+The embedded default answers requests of the toy world, and takes about a minute on a CPU:
     python recipes/seq2seq.py
 Your own model and data (columns prompt, completion), in a YAML file or as options:
     accelerate launch recipes/seq2seq.py --config recipes/configs/seq2seq_samsum.yaml

@@ -77,14 +77,11 @@ def test_every_answer_of_the_toy_world_stands_where_it_says():
         assert 0.1 < shares < 0.3
 
 
-def test_every_written_answer_of_the_toy_world_is_that_of_its_document():
-    for rows in task_dataset("seq2seq").values():
-        shares = []
-        for row in rows.select(range(200)):
-            question, document = row["prompt"].split("\n")
-            shares.append(row["completion"] == tasks.UNTOLD)
-            answer = tasks.requests()[question].answer
-            assert shares[-1] or (row["completion"].endswith(f" is {answer}.") and f"{answer}." in document)
-        assert 0.1 < sum(shares) / 200 < 0.3
-    documents = [{row["prompt"].split("\n")[1] for row in rows} for rows in task_dataset("seq2seq").values()]
-    assert not documents[0] & documents[1]
+def test_written_answers_of_the_toy_world_are_right_and_of_requests_of_their_split():
+    splits = task_dataset("seq2seq")
+    for rows in splits.values():
+        for row in rows.select(range(50)):
+            answer = tasks.requests()[row["prompt"]].answer
+            assert row["completion"].endswith(f" is {answer}.") if answer else row["completion"] == tasks.REFUSALS[0]
+    assert 90 < len(set(splits["test"]["prompt"])) == len(splits["test"])
+    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
