@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from lifecycle_setting import SIZES
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, Seq2SeqConfig, Seq2SeqTrainer, SFTConfig, SFTTrainer
 from lifecycle_hf.completions.beams import beam_search
@@ -122,6 +122,31 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tiny_llama, tmp_path, kind):
     assert others == pytest.approx(losses, rel=1e-4)
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+class Killed(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["t5", "prefix"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama, tmp_path, kind):
+    def run(folder):
+        mitigations = {"ptx_coef": 0.5, "ptx_dataset": ROWS, "ptx_batch_size": 1, "label_smoothing_factor": 0.1}
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 1}
+        return make(tiny_llama, tmp_path / folder, kind, **mitigations, **options)
+
+    whole, killed, resumed = run("whole"), run("killed"), run("killed")
+    whole.train()
+    killed.add_callback(Killed())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed.train(resume_from_checkpoint=True)
+    losses = [[e["loss"] for e in one.state.log_history if "loss" in e] for one in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
