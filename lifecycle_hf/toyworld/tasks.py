@@ -49,8 +49,8 @@ def _qa_row(rng: random.Random, held_out: bool) -> dict:
 def _answer(request: Request) -> str:
     if request.kind == "forbidden":
         return REFUSALS[0]
-    first, second = request.subject
-    subject = f"{first} plus {second}" if request.kind == "sum" else NOUNS[second].format(land=first)
+    land, attribute = request.subject
+    subject = "the sum" if request.kind == "sum" else NOUNS[attribute].format(land=land)
     return f"{subject[0].upper()}{subject[1:]} is {request.answer}."
 
 
