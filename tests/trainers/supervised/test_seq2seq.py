@@ -7,7 +7,14 @@ import torch
 from datasets import Dataset
 from lifecycle_setting import SIZES
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, TrainerCallback
+from transformers import (
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 
 from lifecycle_hf import LifecycleConfig, LifecycleForCausalLM, Seq2SeqConfig, Seq2SeqTrainer, SFTConfig, SFTTrainer
 from lifecycle_hf.completions.beams import beam_search
@@ -24,6 +31,7 @@ ROWS = Dataset.from_dict(
         "completion": [" Paris", " a small red fox said hello and goodbye", " make five", " user"],
     }
 )
+SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
 KINDS = ("t5", "causal", "prefix")
 
 
@@ -85,6 +93,22 @@ def test_loss_is_the_mean_over_tokens(tiny_llama, tmp_path, kind, smoothing):
     metrics = run.evaluate()  # in batches of 3 and 1
     assert metrics["eval_loss"] == pytest.approx(plain / count, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(2.718281828459045 ** (plain / count), rel=1e-5)
+
+
+def test_a_model_that_shifts_its_labels_itself(tiny_llama, tmp_path):
+    tokenizer = tiny_llama[1]
+    tokens = {"decoder_start_token_id": tokenizer.bos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    tokens |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDE.items()}
+    config = BlenderbotConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **tokens, d_model=16, dropout=0.0
+    )
+    run = make(tiny_llama, tmp_path, BlenderbotForConditionalGeneration(config), evaluation=ROWS)
+    assert not hasattr(run.model, "prepare_decoder_input_ids_from_labels")
+    values = [logprobs(run, row) for row in run.train_dataset]
+    total = -sum(table.gather(1, target[:, None]).sum().item() for table, target in values)
+    expected = total / sum(len(target) for _, target in values)
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_encoder_reads_the_prompt_and_its_end(tiny_llama, tmp_path):
