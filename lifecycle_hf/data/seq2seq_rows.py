@@ -35,8 +35,7 @@ def tokenize_seq2seq(
 
     A prompt of an encoder-decoder with more than `max_length` tokens is cut at its end, which EOS takes. That of a
     decoder is dropped: it ends in what asks for the completion, and without that it would ask for something else.
-    A completion with more than `max_target_length` tokens is cut at its end, so that it has no EOS. A warning tells
-    how many are cut.
+    A completion with more than `max_target_length` tokens is cut too, so that it has no EOS. A warning counts both.
 
     Args:
         columns: other names of the two columns.
