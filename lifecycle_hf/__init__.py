@@ -38,6 +38,7 @@ _HOMES = {
     "trainers.supervised.pretraining": "PretrainingConfig PretrainingTrainer",
     "trainers.supervised.question_answering": "QuestionAnsweringConfig QuestionAnsweringTrainer",
     "trainers.supervised.reward": "RewardConfig RewardTrainer",
+    "trainers.supervised.seq2seq": "Seq2SeqConfig Seq2SeqTrainer",
     "trainers.supervised.sft": "SFTConfig SFTTrainer",
 }
 """Public names by the module that has them."""

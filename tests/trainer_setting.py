@@ -20,6 +20,8 @@ from lifecycle_hf import (
     QuestionAnsweringTrainer,
     RewardConfig,
     RewardTrainer,
+    Seq2SeqConfig,
+    Seq2SeqTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -33,6 +35,7 @@ QUESTIONS = Dataset.from_list(
         for row in PAIRS
     ]
 )
+WRITTEN = PAIRS.rename_column("chosen", "completion").remove_columns("rejected")
 TEXTS = Dataset.from_dict({"prompt": [f"word {i}" for i in range(8)], "completion": [" Paris"] * 8})
 
 
@@ -63,6 +66,11 @@ def question_answering(tiny_llama, tmp_path, **options):
     return stage(*given, tiny_llama, tmp_path, options)
 
 
+def seq2seq(tiny_llama, tmp_path, **options):
+    options = {"generation_max_length": 4} | options
+    return stage(Seq2SeqTrainer, Seq2SeqConfig, tiny_llama[0](), WRITTEN, tiny_llama, tmp_path, options)
+
+
 def pretraining(tiny_llama, tmp_path, **options):
     data = Dataset.from_dict({"text": [row["chosen"] * 20 for row in PAIRS]})
     options = {"max_length": 32, "weight_decay": 0.0} | options
@@ -82,6 +90,7 @@ MAKE = {
     "reward": reward,
     "classification": classification,
     "qa": question_answering,
+    "seq2seq": seq2seq,
     "dpo": lambda *given, **options: preference_trainer(*given, DPOTrainer, **options),
     "kto": lambda *given, **options: preference_trainer(*given, KTOTrainer, dataset=ANSWERS, **options),
     "ppo": lambda *given, **options: ppo_trainer(*given, **options),

@@ -169,7 +169,7 @@ def generate(
         prompt_ids = [row for row in prompt_ids for _ in range(num_generations)]
         size, num_generations = size * num_generations, 1
     decode = partial(decode_captured if captured else _decode, repeats=num_generations)
-    with _decoding(model, config), torch.random.fork_rng(cuda, enabled=generator_seed is not None):
+    with decoding(model, config), torch.random.fork_rng(cuda, enabled=generator_seed is not None):
         if generator_seed is not None:
             torch.manual_seed(generator_seed)
         for start in range(0, len(prompt_ids), size):
@@ -177,12 +177,12 @@ def generate(
             ids = pad_sequences(rows, pad_token_id, side="left").to(device)
             mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1]).flip(1).to(device)
             output = model.generate(input_ids=ids, attention_mask=mask.long(), custom_generate=decode)
-            completions += [_until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+            completions += [until_stop(row, stop_token_ids) for row in output[:, ids.shape[1] :].tolist()]
     return completions
 
 
 @contextmanager
-def _decoding(model: PreTrainedModel, config: GenerationConfig):
+def decoding(model: PreTrainedModel, config: GenerationConfig):
     """Put the model in eval mode with the generation config `config`.
 
     `generate` fills the unset options of a config that it is given from the model's own, so the own one is replaced.
@@ -197,7 +197,8 @@ def _decoding(model: PreTrainedModel, config: GenerationConfig):
         model.train(training)
 
 
-def _until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:
+def until_stop(tokens: list[int], stop_token_ids: list[int]) -> list[int]:
+    """Return the tokens up to the first stop token, which stays; all tokens if there is none."""
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
     return tokens[:end]
 
@@ -251,5 +252,5 @@ class VLLMSampler:
             found = [self.client.generate(prompts, **options, generation_kwargs=extra)["completion_ids"]]
         completions = iter(broadcast_object_list(found)[0])
         counts = [len(part) * num_generations for part in rows]
-        parts = [[_until_stop(next(completions), stop_token_ids) for _ in range(count)] for count in counts]
+        parts = [[until_stop(next(completions), stop_token_ids) for _ in range(count)] for count in counts]
         return parts[self.accelerator.process_index]

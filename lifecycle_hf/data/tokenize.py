@@ -102,7 +102,8 @@ def complete_text(tokenizer, text: str | list[dict], name: str = "conversation",
     return Text(text) if isinstance(text, str) else Text(render(tokenizer, text, len(text), name, **options), True)
 
 
-def _up_to_eos(tokenizer, text: Text, ids: list[int]) -> list[int]:
+def up_to_eos(tokenizer, text: Text, ids: list[int]) -> list[int]:
+    """Return the ids of a finished text up to its EOS, see [`encode_complete`]."""
     eos = tokenizer.eos_token_id
     if not text.chat:
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
@@ -120,7 +121,7 @@ def encode_complete(tokenizer: PreTrainedTokenizerBase, text: str | list[dict], 
         ValueError: the chat template refuses a message or leaves it out.
     """
     whole = complete_text(tokenizer, text, **options)
-    return _up_to_eos(tokenizer, whole, encode_texts(tokenizer, [whole])[0])
+    return up_to_eos(tokenizer, whole, encode_texts(tokenizer, [whole])[0])
 
 
 def _check(dataset: Dataset, schema: str, column: str, tokenizer, where: str) -> None:
@@ -190,7 +191,7 @@ def tokenize_preference(
         _check_differ(*texts)
 
         def finish(*whole):
-            chosen, rejected = (_up_to_eos(tokenizer, text, ids) for text, ids in zip(texts, whole, strict=True))
+            chosen, rejected = (up_to_eos(tokenizer, text, ids) for text, ids in zip(texts, whole, strict=True))
             _check_length("pair", max_length, chosen, rejected)
             return {"chosen_ids": chosen, "rejected_ids": rejected}
 
@@ -355,14 +356,13 @@ def tokenize_texts(
 
 def _plan_with_mask(tokenizer, max_length: int | None, row: dict) -> Plan:
     row = maybe_convert_to_chatml(dict(row))
-    texts, assistants = conversation_texts(tokenizer, row), None
-    messages = row.get("messages")
+    texts, assistants, messages = conversation_texts(tokenizer, row), None, row.get("messages")
     if is_messages(messages) and has_generation_markers(tokenizer):
         mask = {"return_dict": True, "return_assistant_tokens_mask": True}
         assistants = tokenizer.apply_chat_template(messages, **mask, **template_options(row))
 
     def finish(*ids):
-        whole = _up_to_eos(tokenizer, texts[-1], ids[-1])
+        whole = up_to_eos(tokenizer, texts[-1], ids[-1])
         prompt = common_prefix_length(ids[0], whole) if len(ids) > 1 and texts[0].text else 0
         mask = [0] * prompt + [1] * (len(whole) - prompt)
         if assistants is not None:

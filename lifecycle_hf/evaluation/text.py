@@ -1,10 +1,17 @@
-"""Overlap of two texts: ROUGE-L, and the form in which short answers are compared."""
+"""Overlap of texts: ROUGE-L, BLEU, the form in which short answers are compared, and what a copy would score."""
 
 import re
 import string
 from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import takewhile
+
+import numpy as np
+
+from lifecycle_hf.evaluation.bootstrap import Measurement
 
 _WORD = re.compile("[a-z0-9]+")
+_SENTENCE_END = re.compile(r"(?<=\w{3}[.!?])\s+(?=\W*[A-Z])")
 _ARTICLES, _SIGNS = re.compile(r"\b(a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
 
@@ -53,3 +60,39 @@ def normalized_answer(text: str) -> str:
     Reference: the evaluation script of https://arxiv.org/abs/1606.05250.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_SIGNS)).split())
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> Measurement:
+    """Return corpus BLEU in [0, 1], as sacrebleu's with its defaults (tokenizer 13a, exponential smoothing).
+
+    Each text counts by its n-grams and lengths, which are summed before the precisions are taken.
+
+    Reference: https://aclanthology.org/P02-1040; https://arxiv.org/abs/1804.08771.
+    """
+    from sacrebleu.metrics import BLEU  # here, since few programs that import this file need it
+
+    scores = [BLEU().sentence_score(text, [right]) for text, right in zip(predictions, references, strict=True)]
+    columns = [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
+    return Measurement(columns, partial(_corpus_bleu, BLEU.compute_bleu, len(columns)))
+
+
+def _corpus_bleu(compute, n: int, means: np.ndarray) -> np.ndarray:
+    """Return BLEU from the means over `n` texts of the columns of [`bleu`], [..., 10] -> [...]."""
+
+    def score(sums):
+        return compute(sums[:4], sums[4:8], *sums[8:]).score / 100
+
+    sums = np.rint(n * np.asarray(means)).astype(int)
+    return np.array([score(row.tolist()) for row in sums.reshape(-1, 10)]).reshape(sums.shape[:-1])
+
+
+def leads(prompts: Sequence[str]) -> list[str]:
+    """Return of each prompt the first sentence of its first line, behind the instruction: a baseline of summaries.
+
+    The instruction is what all prompts begin with, in whole words. A sentence ends with a point or another sign after
+    three letters, before a capital letter.
+    """
+    ends = (re.findall(r"\S+\s*", text) for text in (min(prompts), max(prompts)))  # between which all others stand
+    shared = "".join(word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ends)))
+    rests = [prompt if len(prompt) == len(shared) else prompt.removeprefix(shared).strip() for prompt in prompts]
+    return [_SENTENCE_END.split(rest.splitlines()[0].strip())[0] for rest in rests]

@@ -36,9 +36,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _AUTO = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
-_KINDS = {"CAUSAL_LM": "language model", "QUESTION_ANS": "question-answering model", "SEQ_CLS": "reward model"}
+_KINDS = {
+    "CAUSAL_LM": "language model",
+    "QUESTION_ANS": "question-answering model",
+    "SEQ_2_SEQ_LM": "encoder-decoder model",
+    "SEQ_CLS": "reward model",
+}
 _PAD_NAME = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id", re.IGNORECASE)
 _OTHER_MODALITY = re.compile(r"image|vision|video|audio", re.IGNORECASE)
@@ -65,6 +71,14 @@ def load_tokenizer(
 def is_adapter(name: str) -> bool:
     """Return whether a path or Hub name is a PEFT adapter."""
     return find_adapter_config_file(name) is not None
+
+
+def is_encoder_decoder(model: str | PreTrainedModel | PeftModel, trust_remote_code: bool = False) -> bool:
+    """Return whether a model, or the model or the base of the adapter of that name, is an encoder-decoder."""
+    if not isinstance(model, str):
+        return bool(model.config.is_encoder_decoder)
+    name = PeftConfig.from_pretrained(model).base_model_name_or_path if is_adapter(model) else model
+    return bool(name and AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).is_encoder_decoder)
 
 
 def load_causal_lm(
@@ -94,7 +108,7 @@ def load_pretraining_model(model: str | PreTrainedModel, *, masked: bool, args) 
     if not isinstance(model, str):
         return model
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    seq2seq = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code).is_encoder_decoder
+    seq2seq = is_encoder_decoder(model, trust_remote_code=args.trust_remote_code)
     auto = AutoModelForMaskedLM if masked else AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     return auto.from_pretrained(model, **options)
 

@@ -21,23 +21,26 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tens
     return _nll(logits[:, :-1], labels[:, 1:])
 
 
-def masked_lm_loss(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+def masked_lm_loss(logits: torch.Tensor, labels: torch.LongTensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Return −log p(x_t | corrupted x) at the masked positions.
 
-    It is also the loss of a decoder whose inputs are already shifted (T5).
+    It is also the loss of a decoder whose inputs are already shifted (T5). With label smoothing ε it is
+    −(1 − ε)·log p(x_t | …) − ε/V·Σ_v log p(v | …), https://arxiv.org/abs/1512.00567, §7.
 
     Args:
         logits: [B, T, V]; those at position t predict the label at t.
         labels: [B, T]; -100 for positions that are not predicted.
+        label_smoothing: ε, in [0, 1).
 
     Returns:
         [B, T] in fp32, nats; 0 where the label is -100.
 
     Reference: BERT, https://arxiv.org/abs/1810.04805, §3.1.
     """
-    return _nll(logits, labels)
+    return _nll(logits, labels, label_smoothing)
 
 
-def _nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    flat = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+def _nll(logits: torch.Tensor, labels: torch.LongTensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    options = {"ignore_index": -100, "reduction": "none", "label_smoothing": label_smoothing}
+    flat = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), **options)
     return flat.view(labels.shape)

@@ -12,19 +12,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
 
 from lifecycle_hf.toyworld.model import build_model, build_tokenizer
+from lifecycle_hf.toyworld.t5 import build_t5
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("torch", "transformers", "trl", "tokenizers")
 _WORLD = ("world.py", "dialogue.py", "model.py")
 _BACKBONE = ("configuration_lifecycle.py", "modeling_lifecycle.py")
 _DATA = ("gold.py", "data.py")
-_PREVIOUS = {"init": None, "sft": "init", "reward": "sft"}
+_FIRST = {"init": build_model, "t5": build_t5}
+"""Stages that are random models, and what builds them."""
+_PREVIOUS = {"init": None, "t5": None, "sft": "init", "reward": "sft"}
 _TRAINERS = ("supervised/{stage}.py", "supervised/base.py", "base/trainer.py")
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "NODE_RANK", "GROUP_", "ROLE_", "TORCHELASTIC_",
                      "ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")  # fmt: skip
@@ -67,8 +71,9 @@ def build_once(folder: Path, build: Callable[[Path], None], *, message: str) -> 
 def stage_checkpoint(stage: str) -> Path:
     """Return the path of the checkpoint of a stage of the toy world, and build it first if it is missing.
 
-    "init" is the tokenizer and a random model, "sft" the model of recipes/sft.py, and "reward" the reward model of
-    recipes/reward.py. Each recipe runs with its default YAML, on the CPU, in a separate process.
+    "init" is the tokenizer and a random model, "t5" the same with an encoder-decoder, "sft" the model of
+    recipes/sft.py, and "reward" the reward model of recipes/reward.py. Each recipe runs with its default YAML, on the
+    CPU, in a separate process.
 
     Raises:
         ValueError: the stage is unknown.
@@ -80,28 +85,31 @@ def stage_checkpoint(stage: str) -> Path:
     if _PREVIOUS[stage]:
         stage_checkpoint(_PREVIOUS[stage])
     folder = cache_root() / "toyworld" / _key(stage) / stage
-    build = _build_init if stage == "init" else lambda made: _run_recipe(stage, made)
-    duration = "a second" if stage == "init" else "a few minutes"
+    first = stage in _FIRST
+    build = partial(_build_init, stage=stage) if first else lambda made: _run_recipe(stage, made)
+    duration = "a second" if first else "a few minutes"
     return build_once(folder, build, message=f"toyworld: building stage {stage} ({duration}, cached in {folder})")
 
 
-def write_init(folder: str | Path) -> None:
-    """Write the tokenizer and the random model that the stages start from."""
+def write_init(folder: str | Path, stage: str = "init") -> None:
+    """Write the tokenizer and the random model that the stages start from, or another of the random models."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
-    build_model(tokenizer).save_pretrained(folder)
+    _FIRST[stage](tokenizer).save_pretrained(folder)
 
 
-def _build_init(folder: Path) -> None:
-    code = f"from {__name__} import write_init; write_init('.')"
-    _run("init", [sys.executable, "-c", code], folder)
+def _build_init(folder: Path, stage: str) -> None:
+    code = f"from {__name__} import write_init; write_init('.', {stage!r})"
+    _run(stage, [sys.executable, "-c", code], folder)
 
 
 def _sources(stage: str) -> list[Path]:
     package = _ROOT / "lifecycle_hf"
-    paths = [package / "toyworld" / name for name in (_WORLD if stage == "init" else _DATA)]
+    paths = [package / "toyworld" / name for name in (_WORLD if stage in _FIRST else _DATA)]
     if stage == "init":
         paths += [package / "models" / "lifecycle" / name for name in _BACKBONE]
+    elif stage == "t5":
+        paths.append(package / "toyworld" / "t5.py")
     else:
         paths += [package / "trainers" / name.format(stage=stage) for name in _TRAINERS]
         paths += [_ROOT / "recipes" / f"{stage}.py", _ROOT / "recipes" / "configs" / f"{stage}_toyworld.yaml"]

@@ -1,4 +1,4 @@
-"""Tasks for heads in the toy world: the kind of a request, and the answer to a question in a document."""
+"""Tasks of the toy world: the kind of a request, the answer to a question in a document, the answer to a request."""
 
 import random
 import re
@@ -7,7 +7,7 @@ from functools import lru_cache
 from datasets import DatasetDict
 
 from lifecycle_hf.toyworld.data import draw_request, drawn_splits
-from lifecycle_hf.toyworld.dialogue import requests
+from lifecycle_hf.toyworld.dialogue import REFUSALS, Request, requests
 from lifecycle_hf.toyworld.world import FACTS, LANDS, NOUNS, document, is_held_out
 
 _SUM = re.compile(r"(\d+) (?:plus|and) (\d+)\D+(\d+)")
@@ -46,7 +46,20 @@ def _qa_row(rng: random.Random, held_out: bool) -> dict:
     return {"question": request.text, "context": text, "answers": {"text": [answer], "answer_start": [start]}}
 
 
-TASKS = {"classify": (_classify_row, 2000, 300), "qa": (_qa_row, 8000, 400)}
+def _answer(request: Request) -> str:
+    if request.kind == "forbidden":
+        return REFUSALS[0]
+    land, attribute = request.subject
+    subject = "the sum" if request.kind == "sum" else NOUNS[attribute].format(land=land)
+    return f"{subject[0].upper()}{subject[1:]} is {request.answer}."
+
+
+def _seq2seq_row(rng: random.Random, held_out: bool) -> dict:
+    request = draw_request(rng, held_out)
+    return {"prompt": request.text, "completion": _answer(request)}
+
+
+TASKS = {"classify": (_classify_row, 2000, 300), "qa": (_qa_row, 8000, 400), "seq2seq": (_seq2seq_row, 8000, 300)}
 """For each task the function that makes a row, and the numbers of rows of its train and test splits."""
 
 
@@ -56,7 +69,13 @@ def task_dataset(task: str, seed: int = 0) -> DatasetDict:
 
     - "classify": {"text", "label"}: requests and their kind, "fact", "forbidden" or "sum".
     - "qa": {"question", "context", "answers"}: one document, and a question about it; 1 in 5 has no answer there.
+    - "seq2seq": {"prompt", "completion"}: a request, and the fact or the sum as a sentence, or a refusal. There is no
+      document: a model learns the facts by heart. The test split has each request once.
 
-    No request of "classify" and no document of "qa" is in both splits.
+    No request of "classify" or "seq2seq" and no document of "qa" is in both splits.
     """
-    return drawn_splits(task, *TASKS[task], seed)
+    splits = drawn_splits(task, *TASKS[task], seed)
+    if task == "seq2seq":
+        first = {prompt: row for row, prompt in reversed(list(enumerate(splits["test"]["prompt"])))}
+        splits["test"] = splits["test"].select(sorted(first.values()))
+    return splits

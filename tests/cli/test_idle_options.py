@@ -14,7 +14,7 @@ WITHOUT_TRAINING = ("constitution", "curate", "evol_instruct", "self_instruct")
 CONFIGS = [path for path in sorted((RECIPES / "configs").glob("*.yaml")) if not path.stem.startswith(WITHOUT_TRAINING)]
 NAMES = (
     "best_of_n", "classify", "dpo", "grpo", "instruct", "kto", "online_dpo", "ppo", "pretrain", "qa", "reward", "rloo",
-    "scaling_law", "sft", "spin",
+    "scaling_law", "seq2seq", "sft", "spin",
 )  # fmt: skip
 OWN = {
     "dpo": PreferenceConfig, "kto": KTOConfig, "ppo": PPOConfig, "pretrain": PretrainingConfig,

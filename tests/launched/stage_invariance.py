@@ -1,7 +1,7 @@
 """Two steps of a stage and an evaluation; prints what must not depend on the number of processes.
 
-Arguments: output folder, per-device batch, "sft", "reward", "classification" or "qa", "full", "lora" or "constrained"
-(a capability loss under a ceiling), path of the base model.
+Arguments: output folder, per-device batch, a name in STAGES, "full", "lora" or "constrained" (a capability loss under
+a ceiling), path of the base model.
 """
 
 import json
@@ -16,6 +16,8 @@ from lifecycle_hf import (
     QuestionAnsweringTrainer,
     RewardConfig,
     RewardTrainer,
+    Seq2SeqConfig,
+    Seq2SeqTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -27,14 +29,17 @@ STAGES = {
     "reward": (RewardConfig, RewardTrainer),
     "classification": (ClassificationConfig, ClassificationTrainer),
     "qa": (QuestionAnsweringConfig, QuestionAnsweringTrainer),
+    "seq2seq": (Seq2SeqConfig, Seq2SeqTrainer),
+    "t5": (Seq2SeqConfig, Seq2SeqTrainer),
 }
+GENERATION = {"seq2seq": {"generation_max_length": 8}, "t5": {"generation_max_length": 8, "generation_num_beams": 2}}
 WORDS = ["Paris", "a small red fox", "seven is a prime number", "hello"]
 
 
 def rows(number, stage):
     """Ragged rows; `number` need not divide by the batch."""
     texts = [" ".join([WORDS[i % 4]] * (i % 5 + 1)) for i in range(number)]
-    if stage == "sft":
+    if stage in ("sft", "seq2seq", "t5"):
         return Dataset.from_list([{"prompt": f"word {i}:", "completion": text} for i, text in enumerate(texts)])
     if stage == "classification":
         return Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(texts)])
@@ -52,7 +57,7 @@ def main(output, batch, stage, mode, model):
     args = config(
         output, per_device_train_batch_size=int(batch), per_device_eval_batch_size=2, max_steps=2, learning_rate=1e-3,
         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant", **GENERATION.get(stage, {}),
     )  # fmt: skip
     peft = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if mode == "lora" else None
     trainer = trainer_class(model, args, rows(16, stage), rows(7, stage), peft_config=peft)

@@ -1,11 +1,11 @@
-"""recipes/classify.py and recipes/qa.py: two steps on the toy world, and on a file of one's own with an adapter."""
+"""The recipes of tasks: two steps on the toy world, and on a file of one's own with an adapter."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lifecycle_hf.toyworld import stages, task_dataset, tasks
 
@@ -14,12 +14,12 @@ QUICK = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true", "--e
 
 
 def run(name, output, *options):
-    from lifecycle_hf import ClassificationConfig, QuestionAnsweringConfig, cli
+    from lifecycle_hf import ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig, cli
 
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    config = {"classify": ClassificationConfig, "qa": QuestionAnsweringConfig}[name]
+    config = {"classify": ClassificationConfig, "qa": QuestionAnsweringConfig, "seq2seq": Seq2SeqConfig}[name]
     argv = ["--output_dir", str(output), *QUICK, *options]
     default = RECIPES / "configs" / f"{name}_toyworld.yaml"
     recipe.main(*cli.parse((cli.ProtectedArguments, config, recipe.ModelConfig), default, argv=argv))
@@ -39,13 +39,18 @@ def small_world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "auto", "metric"),
-    [("classify", AutoModelForSequenceClassification, "accuracy"), ("qa", AutoModelForQuestionAnswering, "f1")],
+    [
+        ("classify", AutoModelForSequenceClassification, "accuracy"),
+        ("qa", AutoModelForQuestionAnswering, "f1"),
+        ("seq2seq", AutoModelForSeq2SeqLM, "rouge_l"),
+    ],
 )
 def test_the_embedded_default(small_world, tmp_path, name, auto, metric, capsys):
     report = run(name, tmp_path / "out")
     assert {f"eval_{metric}", f"eval_{metric}_interval", "before_after"} <= report.keys()
     assert "interval" in report["before_after"][metric] and "95 % interval" in capsys.readouterr().out
-    assert auto.from_pretrained(tmp_path / "out").config.attention == "bidirectional"
+    config = auto.from_pretrained(tmp_path / "out").config
+    assert (config.model_type if name == "seq2seq" else config.attention) in ("t5", "bidirectional")
     for file in ("README.md", "predictions.jsonl"):
         assert (tmp_path / "out" / file).is_file()
 
@@ -70,3 +75,13 @@ def test_every_answer_of_the_toy_world_stands_where_it_says():
             assert all(row["context"][s : s + len(t)] == t for t, s in zip(texts, starts)) and len(texts) < 2
         shares = sum(not row["answers"]["text"] for row in rows) / 200
         assert 0.1 < shares < 0.3
+
+
+def test_written_answers_of_the_toy_world_are_right_and_of_requests_of_their_split():
+    splits = task_dataset("seq2seq")
+    for rows in splits.values():
+        for row in rows.select(range(50)):
+            answer = tasks.requests()[row["prompt"]].answer
+            assert row["completion"].endswith(f" is {answer}.") if answer else row["completion"] == tasks.REFUSALS[0]
+    assert 90 < len(set(splits["test"]["prompt"])) == len(splits["test"])
+    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])

@@ -167,7 +167,7 @@ def test_key_changes_with_what_defines_the_stage(monkeypatch, tmp_path):
 
 
 def test_what_is_missing_is_named(init, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint of stage 'dpo'; choose one of init, sft, reward"):
+    with pytest.raises(ValueError, match="no checkpoint of stage 'dpo'; choose one of init, t5, sft, reward"):
         stage_checkpoint("dpo")
     sources = stages._sources
     gone = {"init": [], "sft": [tmp_path / "recipes" / "sft.py"]}

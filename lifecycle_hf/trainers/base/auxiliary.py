@@ -18,7 +18,7 @@ from lifecycle_hf.trainers.base.metrics import MetricAccumulator
 def active_policy(model: nn.Module) -> nn.Module:
     """Return the policy in a trainer's model, without the wrapper of its engine and with its trained adapter on."""
     whole = extract_model_from_parallel(model)
-    if getattr(whole, "shared", None) is not None:
+    if hasattr(getattr(whole, "shared", None), "activate"):  # T5 has a layer of that name
         whole.shared.activate(whole.policy_role)
     return getattr(whole, "policy", whole)
 

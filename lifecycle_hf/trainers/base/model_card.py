@@ -17,6 +17,7 @@ EMBEDDED = "toyworld"
 KINDS = {
     "SEQ_CLS": ("SequenceClassification", "text-classification", "classifier"),
     "QUESTION_ANS": ("QuestionAnswering", "question-answering", "question-answering model"),
+    "SEQ_2_SEQ_LM": ("Seq2SeqLM", "text-generation", "encoder-decoder model"),
     "CAUSAL_LM": ("CausalLM", "text-generation", "language model"),
 }
 """By PEFT's name of a task: the Auto class, the Hub's name of the task, and what the model is."""
@@ -87,9 +88,11 @@ def _kind(folder):
     if (folder / "adapter_config.json").exists():
         task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
         return True, task if task in KINDS else "CAUSAL_LM"
-    architectures = []
-    if (folder / "config.json").exists():
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    architectures = config.get("architectures") or []
+    if any(name.endswith("ForConditionalGeneration") for name in architectures) and config.get("is_encoder_decoder"):
+        return False, "SEQ_2_SEQ_LM"
     tasks = [task for task, (auto, *_) in KINDS.items() for name in architectures if name.endswith(f"For{auto}")]
     return False, (tasks or ["CAUSAL_LM"])[0]
 

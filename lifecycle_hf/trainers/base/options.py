@@ -15,7 +15,8 @@ LIMITS = (
             "ppo_epochs", "num_mini_batches", "max_prompt_length", "max_completion_length", "generation_batch_size",
             "ptx_batch_size", "ptx_max_length", "max_faults", "num_completions_to_print", "ewc_rows", "projection_k",
             "projection_batches", "projection_every", "precompute_ref_batch_size", "dataset_num_proc",
-            "num_generations", "rounds", "n_best", "max_answer_length",
+            "num_generations", "rounds", "n_best", "max_answer_length", "max_target_length", "generation_max_length",
+            "generation_num_beams",
         ),
         lambda value: isinstance(value, int) and value >= 1, "must be at least 1, and whole",
     ),
@@ -32,6 +33,7 @@ LIMITS = (
     ),
     (("reward_retries",), lambda n: isinstance(n, int) and n >= 0, "must be a whole number, and not negative"),
     (("gamma", "lam", "weight_smoothing"), lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    (("label_smoothing_factor",), lambda value: 0 <= value < 1, "must lie in [0, 1)"),
     (("label_smoothing",), lambda value: 0 <= value < 0.5, "must lie in [0, 0.5): it is a share of flips"),
     (
         ("reward_weights",),

@@ -1,4 +1,4 @@
-"""Code that the trainers of task heads share: classification and extractive question answering."""
+"""Code that the trainers of tasks share: classification, extractive question answering, sequence to sequence."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ _WHOLE = "has no effect, since metrics are taken over all predictions together: 
 
 @dataclass
 class TaskConfig(TrainerConfig):
-    """Hold the options that classification and question answering share."""
+    """Hold the options that the trainers of tasks share."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
     refused = (
@@ -77,12 +77,13 @@ class TaskLoss(CapabilityLoss):
         orders = {epoch: shuffled(size, self.seed + epoch) for epoch in {epoch for epoch, _ in places}}
         batch = self.trainer.collate([self.dataset[orders[epoch][place]] for epoch, place in places])
         device = next(model.parameters()).device
-        losses = self.trainer.task_loss(model, {name: x.to(device) for name, x in batch.items()})[0]
-        return losses.sum() if self.reduction == "sum" else losses.mean()
+        batch = {name: x.to(device) for name, x in batch.items()}
+        losses = self.trainer.task_loss(model, batch)[0]
+        return losses.sum() if self.reduction == "sum" else self.trainer.mean_loss(losses, batch)
 
 
 class TaskTrainer(StageTrainerMixin, Trainer):
-    """Train a model with the head of a task; base of [`ClassificationTrainer`] and [`QuestionAnsweringTrainer`].
+    """Train a model on a task: base of classification, question answering and sequence to sequence.
 
     A subclass tokenises rows (`tokenized`), names the options of a new head (`head_options`), computes the loss of
     each row with its prediction (`task_loss`), and measures predictions (`measurements`).
@@ -95,6 +96,7 @@ class TaskTrainer(StageTrainerMixin, Trainer):
     loss_is_scaled_for_ga = False
     config_class: type[TaskConfig]
     task_type: str
+    token_columns: tuple[str, ...] = ("input_ids",)
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class TaskTrainer(StageTrainerMixin, Trainer):
         eval_dataset = self.prepared(eval_dataset, "eval_dataset")
         super().__init__(model, args, self.collate, train_dataset, eval_dataset, self._tokenizer, **kwargs)
         self.compute_metrics = self._measure
-        protect(self, ptx_dataset, capability=lambda rows, tokenizer, **options: TaskLoss(self, rows, **options))
+        protect(self, ptx_dataset, capability=self.protected_loss)
 
     # What a task defines
 
@@ -138,6 +140,14 @@ class TaskTrainer(StageTrainerMixin, Trainer):
     def task_loss(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses of the rows, [B], and what is kept of their predictions, [B, K]."""
         raise NotImplementedError
+
+    def mean_loss(self, losses: torch.Tensor, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
+        """Return the loss of a micro-batch from those of its rows."""
+        return losses.mean()
+
+    def protected_loss(self, dataset: Dataset, tokenizer, **options) -> CapabilityLoss:
+        """Return the loss on `ptx_dataset` that mitigations read; the options are those of [`CapabilityLoss`]."""
+        return TaskLoss(self, dataset, **options)
 
     def measurements(self, predictions: np.ndarray, rows: Dataset) -> dict[str, Measurement]:
         """Return the metrics of predictions, [N, K], of `rows`; set `self.predictions` to a dict for each row."""
@@ -197,7 +207,7 @@ class TaskTrainer(StageTrainerMixin, Trainer):
         options = {"strict": self.args.strict_data, "num_proc": self.args.dataset_num_proc}
         with self.args.main_process_first(desc=f"tokenising {where}"):
             dataset = self.tokenized(dataset, where, max_length=self.args.max_length, **options)
-        return with_lengths(dataset, ("input_ids",), self.args)
+        return with_lengths(dataset, self.token_columns, self.args)
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return rows as one batch, padded on the right."""
@@ -215,7 +225,7 @@ class TaskTrainer(StageTrainerMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, predictions = self.task_loss(model, inputs)
-        loss = self.with_auxiliary(losses.mean(), num_items_in_batch)
+        loss = self.with_auxiliary(self.mean_loss(losses, inputs, num_items_in_batch), num_items_in_batch)
         return (loss, {"losses": losses, "predictions": predictions}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

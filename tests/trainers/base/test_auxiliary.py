@@ -27,7 +27,7 @@ def test_step_moves_by_the_gradient_once(tiny_llama, tmp_path, name, accumulatio
     assert [entry["loss/l2"] for entry in logs if "loss/l2" in entry] == [plain.numel()]
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "classification", "qa", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "reward", "classification", "qa", "seq2seq", "dpo", "kto"])
 def test_objective_under_a_ceiling_is_measured_as_the_mean_of_the_step(tiny_llama, tmp_path, name):
     def measured(accumulation):
         cut = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}

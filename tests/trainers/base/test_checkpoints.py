@@ -102,7 +102,7 @@ def test_a_finished_run_that_is_resumed_makes_no_step_more(tiny_llama, tmp_path)
     assert again.state.global_step == 1 and names(tmp_path) == ["_tmp-mine", "checkpoint-1"]
 
 
-@pytest.mark.parametrize("name", ["pretraining", "sft", "reward", "classification", "qa", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["pretraining", "sft", "reward", "classification", "qa", "seq2seq", "dpo", "kto"])
 def test_no_trainer_makes_a_step_more_than_max_steps(tiny_llama, tmp_path, name):
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
     MAKE[name](tiny_llama, tmp_path, **options).train()

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from ppo_setting import PROMPTS
 from preference_setting import ANSWERS, PAIRS
-from trainer_setting import LABELLED, MAKE, QUESTIONS, TEXTS
+from trainer_setting import LABELLED, MAKE, QUESTIONS, TEXTS, WRITTEN
 from transformers import TrainingArguments
 
 from lifecycle_hf import (
@@ -20,16 +20,19 @@ from lifecycle_hf import (
     PretrainingConfig,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     SFTConfig,
 )
 
 CONFIGS = {
     "ppo": PPOConfig, "dpo": DPOConfig, "kto": KTOConfig, "sft": SFTConfig, "reward": RewardConfig,
     "pretraining": PretrainingConfig, "classification": ClassificationConfig, "qa": QuestionAnsweringConfig,
+    "seq2seq": Seq2SeqConfig,
 }  # fmt: skip
 EVAL = {
     "ppo": Dataset.from_dict({"prompt": PROMPTS[:3]}), "dpo": PAIRS.select(range(3)), "kto": ANSWERS.select(range(4)),
     "classification": LABELLED.select(range(3)), "qa": QUESTIONS.select(range(3)),
+    "seq2seq": WRITTEN.select(range(3)),
     "sft": TEXTS.select(range(3)), "reward": PAIRS.select(range(3)),
     "pretraining": Dataset.from_dict({"text": [row["chosen"] * 20 for row in PAIRS.select(range(4))]}),
 }  # fmt: skip
@@ -78,6 +81,7 @@ REFUSED = {
     "pretraining": OURS_REFUSE | {"length_column_name"},
     "classification": OURS_REFUSE - {"eval_accumulation_steps"},
     "qa": OURS_REFUSE - {"eval_accumulation_steps"},
+    "seq2seq": OURS_REFUSE - {"eval_accumulation_steps", "label_smoothing_factor"},
 }
 ELSEWHERE = {
     "output_dir": "every test", "use_cpu": "every test", "resume_from_checkpoint": "the recipes' tests",
@@ -182,6 +186,7 @@ LENGTHS = {
     "reward": ("chosen_ids", "rejected_ids"),
     "classification": ("input_ids",),
     "qa": ("input_ids",),
+    "seq2seq": ("input_ids", "labels"),
 }
 
 

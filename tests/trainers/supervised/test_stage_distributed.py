@@ -5,12 +5,20 @@ from launching import launch_jobs, needs_deepspeed, results
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lifecycle_hf.models.loading import load_causal_lm, load_classifier, load_reward_model
 
-TASKS = {"classification": AutoModelForSequenceClassification, "qa": AutoModelForQuestionAnswering}
+TASKS = {
+    "classification": ("SEQ_CLS", AutoModelForSequenceClassification),
+    "qa": ("QUESTION_ANS", AutoModelForQuestionAnswering),
+    "seq2seq": ("CAUSAL_LM", AutoModelForCausalLM),
+    "t5": ("SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM),
+}
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +26,10 @@ def base(tiny_llama, tmp_path_factory):
     make_model, tokenizer = tiny_llama
     path = tmp_path_factory.mktemp("base")
     make_model().save_pretrained(path), tokenizer.save_pretrained(path)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokenizer)}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    t5 = T5Config(**sizes, **ends, decoder_start_token_id=tokenizer.pad_token_id, dropout_rate=0.0)
+    T5ForConditionalGeneration(t5).save_pretrained(path / "t5"), tokenizer.save_pretrained(path / "t5")
     return path
 
 
@@ -26,7 +38,7 @@ def run(config, output, batch, *arguments, fsdp=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "classification", "qa"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "classification", "qa", "seq2seq", "t5"])
 @pytest.mark.parametrize(
     ("config", "mode"),
     [
@@ -38,6 +50,7 @@ def run(config, output, batch, *arguments, fsdp=False):
 )
 def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config, mode):
     """7 held-out rows in batches of 2 × 2: the row that fills up the last batch must not count."""
+    base = base / "t5" if stage == "t5" else base
     one = run("cpu", tmp_path / "one", 8, stage, mode, base)
     two = run(config, tmp_path / "two", 4, stage, mode, base)
     assert (one["world_size"], two["world_size"]) == (1, 2)
@@ -45,8 +58,8 @@ def test_two_processes_of_four_equal_one_of_eight(base, tmp_path, stage, config,
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
     if stage in TASKS:
-        load = load_classifier if mode == "lora" else TASKS[stage].from_pretrained
-        load(str(tmp_path / "two"), **{"task": "QUESTION_ANS"} if (stage, mode) == ("qa", "lora") else {})
+        task, auto = TASKS[stage]
+        load_classifier(str(tmp_path / "two"), task=task) if mode == "lora" else auto.from_pretrained(tmp_path / "two")
     elif stage == "reward":
         assert load_reward_model(str(tmp_path / "two")).config.reward_center == two["held_out"]["eval_reward_center"]
     elif mode == "full":
