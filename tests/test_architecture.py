@@ -32,7 +32,7 @@ FLOORS = (
     {"recipes"},
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
-MOST_LINES = {"file": 450, "function": 60, "class": 250, "recipe": 100, "package": 16_400}
+MOST_LINES = {"file": 450, "function": 60, "class": 250, "recipe": 100, "package": 16_750}
 OVERRIDES = {
     "trainers/base/checkpoints.py": {
         "_get_output_dir", "_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
