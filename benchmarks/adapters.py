@@ -4,6 +4,7 @@
     python benchmarks/adapters.py --model PATH                       # SmolLM2-135M, three seeds, with and without EWC
     python benchmarks/adapters.py --methods lora bottleneck --seeds 0
     python benchmarks/adapters.py --tune                             # another seed, other rows, several learning rates
+    python benchmarks/adapters.py --compose                          # two adapters of the toy world, each and both
     python benchmarks/adapters.py --smoke                            # two steps of the toy world's new model: a minute
 
 Each run is a process of its own, so that its peak of memory is its own, and is not made again if its result stands.
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 from datasets import Dataset
 from measuring import clocks, memory, prepare, read_rows, show
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, initialize_kv_prefix_from_text
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lifecycle_hf import BottleneckConfig, SFTConfig, SFTTrainer, merge_adapter, toyworld
 
@@ -86,6 +88,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1 / 3, 1, 3], help="of --tune, times the method's")
     parser.add_argument("--output", default="output/adapters", help="folder of the results")
+    parser.add_argument("--compose", action="store_true", help="switch between two adapters of a base, and stack them")
     parser.add_argument("--smoke", action="store_true", help="two steps of a small new model on made-up rows")
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -160,12 +163,12 @@ def decode(model, tokenizer, prompts: list[str], length: int, stop: bool = True)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def score(model, tokenizer, rows: list[dict], batch: int) -> float:
+def score(model, tokenizer, rows: list[dict], batch: int, length: int = 8) -> float:
     model.eval()
     right = 0
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        answers = decode(model, tokenizer, [row["prompt"] for row in part], 8)
+        answers = decode(model, tokenizer, [row["prompt"] for row in part], length)
         right += sum(a.strip() == row["completion"].strip() for a, row in zip(answers, part, strict=True))
     return right / len(rows)
 
@@ -271,8 +274,51 @@ def jobs_of(args) -> dict[str, dict[str, list[Job]]]:
     return found
 
 
+def compose(method: str, seeds: list[int], folder: Path) -> list[list]:
+    """Return rows of (method, active adapters, score of each task) of adapters that were trained apart on one base."""
+    base, config = str(toyworld.stage_checkpoint("sft")), METHODS[method][0]()
+    tasks = {
+        "kind": lambda row: {"prompt": f"What kind is this? {row['text']}", "completion": f" {row['label']}"},
+        "answer": lambda row: {"prompt": f"Answer shortly. {row['prompt']}", "completion": f" {row['completion']}"},
+    }
+    sources = {"kind": toyworld.task_dataset("classify"), "answer": toyworld.task_dataset("seq2seq")}
+    rows = {
+        task: {split: [build_row(row) for row in part] for split, part in sources[task].items()}
+        for task, build_row in tasks.items()
+    }
+    choices, scores = ([], ["kind"], ["answer"], ["kind", "answer"], ["answer", "kind"]), {}
+    for seed in seeds:
+        for task in tasks:
+            options = SFTConfig(
+                str(folder / f"{method}_{task}"), seed=seed, max_steps=150, learning_rate=3e-3, warmup_steps=15,
+                lr_scheduler_type="cosine", per_device_train_batch_size=16, report_to="none", save_strategy="no",
+                logging_steps=100, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+            )  # fmt: skip
+            trainer = SFTTrainer(base, options, Dataset.from_list(rows[task]["train"]), peft_config=config)
+            trainer.train()
+            trainer.save_model()
+        plain, tokenizer = AutoModelForCausalLM.from_pretrained(base), trainer.processing_class
+        model = PeftModel.from_pretrained(plain, str(folder / f"{method}_kind"), adapter_name="kind")
+        model.load_adapter(str(folder / f"{method}_answer"), adapter_name="answer")
+        for active in choices:
+            if active:
+                model.base_model.set_adapter(active)
+            with nullcontext() if active else model.disable_adapter():
+                for task in tasks:
+                    found = score(model, tokenizer, rows[task]["test"][:100], 50, length=32)
+                    scores.setdefault((*active, task), []).append(found)
+    return [
+        [method, " then ".join(active) or "none", *(statistics.mean(scores[*active, task]) for task in tasks)]
+        for active in choices
+    ]
+
+
 def main() -> None:
     args = parse_args()
+    if args.compose:
+        rows = [row for method in ("lora", "bottleneck") for row in compose(method, args.seeds, Path(args.output))]
+        show("Two adapters", "method | active | score: kind | score: answer", "{} | {} | {:.3f} | {:.3f}", rows)
+        return
     if args.smoke:
         args.steps, args.seeds, args.held_out, args.batch, args.tokens = 2, args.seeds[:1], 8, 4, 4
     output = Path(args.output + ("_smoke" if args.smoke else ""))
