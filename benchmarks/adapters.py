@@ -50,11 +50,11 @@ HEADER = (
 )
 
 
-KINDS = ("before", "train", "large", "ewc", "latency", "tune")
+KINDS = ("before", "train", "memory", "large", "latency", "ewc", "tune")
 
 
 class Job(NamedTuple):
-    """One run: its kind is one of [`KINDS`], of which "before" and "latency" do not train, and "large" is of 0.3 B."""
+    """One run of a kind of [`KINDS`]: "before" and "latency" take no step, "memory" and "large" (0.3 B) two."""
 
     method: str
     seed: int
@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", default=str(DATA / "tinyshakespeare.txt"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ewc_seeds", type=int, nargs="*", default=[0, 1, 2], help="of the runs with EWC")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--characters", type=int, default=200, help="of a prompt; the rest is cut")
     parser.add_argument("--batch", type=int, default=8)
@@ -204,7 +205,9 @@ def run(args, job: Job, folder: Path) -> dict:
     _, held_out, _, texts = data
     path = str(toyworld.stage_checkpoint("init")) if args.smoke else args.model
     if job.kind == "large":
-        path, args.steps = random_model(path, folder.parent / "new_0.3b"), 2
+        path = random_model(path, folder.parent / "new_0.3b")
+    if job.kind in ("memory", "large"):
+        args.steps = 2
     trainer = build(args, path, job, folder, data)
     model, tokenizer = trainer.model, trainer.processing_class
     texts = Dataset.from_dict({"text": texts})
@@ -224,12 +227,19 @@ def run(args, job: Job, folder: Path) -> dict:
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {"trained": own / base.num_parameters()}
-    start = time.process_time()
+    start, cuda = time.process_time(), torch.cuda.is_available()
+    reset_peak(cuda)
     trainer.train()
-    found |= {"step": (time.process_time() - start) / args.steps, "peak": memory(torch.cuda.is_available())[1]}
-    if job.kind == "large":
-        return found
-    return found | measure()
+    found |= {"step": (time.process_time() - start) / args.steps, "peak": memory(cuda)[1]}
+    return found if job.kind in ("memory", "large") else found | measure()
+
+
+def reset_peak(cuda: bool) -> None:
+    """Forget the peak of memory up to now, such as that of loading a model before it is quantised."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
@@ -246,7 +256,7 @@ def table_row(method: str, found: dict[str, list[dict]]) -> list[str]:
         return [f"{value:.{digits}f}" for value, digits in zip(found["latency"][0][name], (3, 2))]
 
     merged = ", ".join(seconds("merged")) if "merged" in found["latency"][0] else "not possible"
-    cells = [method, f"{100 * mean('train', 'trained'):.2f}", f"{mean('train', 'peak'):.0f}"]
+    cells = [method, f"{100 * mean('train', 'trained'):.2f}", f"{mean('memory', 'peak'):.0f}"]
     cells += [f"{mean('train', 'step'):.2f}", *seconds("latency"), merged if method != "full" else "nothing to merge"]
     cells += [f"{mean('before', 'score'):.3f}", scored("train"), f"{mean('before', 'perplexity'):.2f}"]
     cells += [f"{mean('train', 'perplexity'):.2f}"]
@@ -265,10 +275,11 @@ def jobs_of(args) -> dict[str, dict[str, list[Job]]]:
         found[method] = {
             "before": [Job(weights, 0, "before")],
             "latency": [Job(method, 0, "latency")],
+            "memory": [Job(method, 0, "memory")],
             "large": [Job(method, 0, "large")],
             "train": [Job(method, seed, "train") for seed in args.seeds],
             "ewc": [
-                Job(method, seed, "ewc") for seed in args.seeds if method != "prefix"
+                Job(method, seed, "ewc") for seed in args.ewc_seeds if method != "prefix"
             ],  # the Fisher is of scored rows
         }
     return found
@@ -320,7 +331,8 @@ def main() -> None:
         show("Two adapters", "method | active | score: kind | score: answer", "{} | {} | {:.3f} | {:.3f}", rows)
         return
     if args.smoke:
-        args.steps, args.seeds, args.held_out, args.batch, args.tokens = 2, args.seeds[:1], 8, 4, 4
+        args.steps, args.held_out, args.batch, args.tokens = 2, 8, 4, 4
+        args.seeds, args.ewc_seeds = args.seeds[:1], args.ewc_seeds[:1]
     output = Path(args.output + ("_smoke" if args.smoke else ""))
     if args.only:
         job = Job(args.only[0], int(args.only[1]), args.only[2], float(args.only[3]))
@@ -330,7 +342,7 @@ def main() -> None:
         return
     wanted, rows = jobs_of(args), []
     jobs = [job for kinds in wanted.values() for jobs in kinds.values() for job in jobs]
-    for job in sorted(jobs, key=lambda job: KINDS.index(job.kind)):
+    for job in sorted(jobs, key=lambda job: (KINDS.index(job.kind), job.seed)):
         if not (output / job.name / "found.json").exists():
             subprocess.run([sys.executable, *sys.argv, "--only", *map(str, job)], check=True)
     for method, kinds in wanted.items():
