@@ -152,9 +152,16 @@ class Seq2SeqTrainer(TaskTrainer):
             given |= {"logits_to_keep": columns} if self._keeps_columns else {}
             logits, labels = model(**given, use_cache=False).logits, labels[:, columns + 1]
             logits = logits if self._keeps_columns else logits[:, columns]
-        losses = masked_lm_loss(logits, labels, smoothing)
-        nll = masked_lm_loss(logits, labels) if smoothing and not model.training else losses.detach()
-        return losses.sum(1), torch.stack([nll.sum(1), (labels != IGNORED).sum(1)], dim=1)
+        learnt = labels != IGNORED
+        logits, labels = logits[learnt][None], labels[learnt][None]  # few of all, and the loss copies them in fp32
+
+        def of_rows(smoothing):
+            losses = masked_lm_loss(logits, labels, smoothing)
+            return losses.new_zeros(learnt.shape).masked_scatter(learnt, losses).sum(1)
+
+        losses = of_rows(smoothing)
+        nll = of_rows(0.0) if smoothing and not model.training else losses.detach()
+        return losses, torch.stack([nll, learnt.sum(1)], dim=1)
 
     def mean_loss(self, losses, inputs, num_items_in_batch=None):
         if num_items_in_batch is None:
