@@ -152,11 +152,11 @@ def build(args, model: str, job: Job, folder: Path, data) -> SFTTrainer:
 
 @torch.no_grad()
 def decode(model, tokenizer, prompts: list[str], length: int, stop: bool = True) -> list[str]:
-    """Return greedy answers, each of exactly `length` tokens if `stop` is False."""
+    """Return greedy answers in bf16, or if `stop` is False in fp32, each of exactly `length` tokens."""
     tokenizer.padding_side = "left"
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=stop):
         ids = model.generate(
             **batch, max_new_tokens=length, min_new_tokens=None if stop else length, do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -177,15 +177,15 @@ def score(model, tokenizer, rows: list[dict], batch: int, length: int = 8) -> fl
 def latency(model, tokenizer, rows: list[dict], tokens: int) -> tuple[float, float]:
     """Return the median seconds of a forward pass over one prompt, and of decoding `tokens` tokens behind it.
 
-    On a CPU they are seconds of the CPU, on a GPU of the clock.
+    All are in fp32, since autocast would cast the weights of a frozen base again for each token. On a CPU they are
+    seconds of the CPU, on a GPU of the clock.
     """
     model.eval()
     ids = tokenizer(rows[0]["prompt"], return_tensors="pt")["input_ids"].to(model.device)
 
     @torch.no_grad()
     def forward():
-        with torch.autocast(model.device.type, torch.bfloat16):
-            model(input_ids=ids)
+        model(input_ids=ids)
 
     found, cuda = [], torch.cuda.is_available()
     for work in (forward, lambda: decode(model, tokenizer, [rows[0]["prompt"]], tokens, stop=False)):
