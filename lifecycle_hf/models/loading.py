@@ -55,17 +55,20 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; an adapter without a tokenizer has that of its base model.
 
-    A tokenizer object is returned unchanged.
+    A tokenizer object is returned unchanged. The truncation of the last call before a tokenizer was saved is left out.
     """
     if not isinstance(name_or_tokenizer, str):
         return name_or_tokenizer
     try:
-        return AutoTokenizer.from_pretrained(name_or_tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_tokenizer, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         if not is_adapter(name_or_tokenizer):
             raise
         base = PeftConfig.from_pretrained(name_or_tokenizer).base_model_name_or_path
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        return load_tokenizer(base, trust_remote_code)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def is_adapter(name: str) -> bool:
@@ -282,8 +285,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | P
     ends = [tokenizer.eos_token_id]
     if model is not None:
         ends.append(model.config.get_text_config().eos_token_id)
-        generation = getattr(model, "generation_config", None)
-        if generation is None and model.config._name_or_path:
+        if (generation := getattr(model, "generation_config", None)) is None and model.config._name_or_path:
             with suppress(OSError):
                 generation = GenerationConfig.from_pretrained(model.config._name_or_path)
         ends.append(getattr(generation, "eos_token_id", None))

@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -63,6 +64,11 @@ def logits(model, ids=IDS, **inputs):
 def test_load_tokenizer(tokenizer, base_path, tmp_path):
     assert load_tokenizer(tokenizer) is tokenizer
     assert load_tokenizer(base_path).get_vocab() == tokenizer.get_vocab()
+    cutting = AutoTokenizer.from_pretrained(base_path)
+    cutting("a text", truncation=True, max_length=24)
+    cutting.save_pretrained(tmp_path / "cutting")
+    assert json.loads((tmp_path / "cutting" / "tokenizer.json").read_text())["truncation"]["max_length"] == 24
+    assert load_tokenizer(str(tmp_path / "cutting")).backend_tokenizer.truncation is None
     _, adapter = save_lora(load_causal_lm(base_path), tmp_path / "adapter")
     assert load_tokenizer(adapter).get_vocab() == tokenizer.get_vocab()
 
