@@ -43,6 +43,8 @@ METHODS = {
     "prefix": (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16), 1e-2),
 }
 """{method: (its adapter, its learning rate)}, those of --tune with the best score below three times the perplexity."""
+COMPOSED = {"lora": 3e-3, "bottleneck": 1e-2}
+"""Learning rates of --compose."""
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 HEADER = (
     "method | trained % | peak MiB | CPU s / step | forward s | decode s | merged: forward, decode | score before | "
@@ -301,7 +303,8 @@ def compose(method: str, seeds: list[int], folder: Path) -> list[list]:
     for seed in seeds:
         for task in tasks:
             options = SFTConfig(
-                str(folder / f"{method}_{task}"), seed=seed, max_steps=150, learning_rate=3e-3, warmup_steps=15,
+                str(folder / f"{method}_{task}"), seed=seed, max_steps=300, learning_rate=COMPOSED[method],
+                warmup_steps=30,
                 lr_scheduler_type="cosine", per_device_train_batch_size=16, report_to="none", save_strategy="no",
                 logging_steps=100, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
             )  # fmt: skip
@@ -327,7 +330,7 @@ def compose(method: str, seeds: list[int], folder: Path) -> list[list]:
 def main() -> None:
     args = parse_args()
     if args.compose:
-        rows = [row for method in ("lora", "bottleneck") for row in compose(method, args.seeds, Path(args.output))]
+        rows = [row for method in COMPOSED for row in compose(method, args.seeds, Path(args.output))]
         show("Two adapters", "method | active | score: kind | score: answer", "{} | {} | {:.3f} | {:.3f}", rows)
         return
     if args.smoke:
